@@ -52,7 +52,7 @@ def rope_frequencies(
              yarn     slow pairs interpolated, fast ones kept, a ramp between; cos and sin grow a little
              llama3   Llama 3.1's: as yarn, with another ramp and no factor
     scale: L'/L, at least 1.  original_window: L, in tokens (dynamic, yarn, llama3).  length: l (dynamic).
-    beta_fast, beta_slow: yarn's ramp, in turns over the original window.
+    beta_fast, beta_slow: yarn's ramp, in turns over the original window.  attention_factor: yarn's, if not 0.1 ln s + 1.
     low_freq_factor, high_freq_factor: llama3's ramp, likewise.
     Returns inv_freq (head_dim/2,) float32, in radians per position, and attention_factor.
     Raises ValueError for an unknown method or a value out of range.
@@ -95,15 +95,13 @@ def rope_frequencies(
         high = min(math.ceil(dim_of(beta_slow)), head_dim - 1)
         ramp = ((torch.arange(head_dim // 2, dtype=torch.float64) - low) / max(high - low, 1e-3)).clamp(0, 1)
         inv_freq = inv_freq * (1 - ramp) + inv_freq / scale * ramp  # ramp 0: kept (fast), 1: interpolated (slow)
-        factor = 0.1 * math.log(scale) + 1.0
+        factor = 0.1 * math.log(scale) + 1.0 if attention_factor is None else attention_factor
     elif method == "llama3":
         if high_freq_factor <= low_freq_factor:
             raise ValueError(f"high_freq_factor {high_freq_factor} must be above low_freq_factor {low_freq_factor}")
         turns = original_window * inv_freq / (2 * math.pi)  # L / wavelength
         keep = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
         inv_freq = keep * inv_freq + (1 - keep) * inv_freq / scale
-    if method == "yarn" and attention_factor is not None:
-        factor = attention_factor
     return inv_freq.to(torch.float32).to(device), factor
 
 

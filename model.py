@@ -48,7 +48,7 @@ class LLaMAConfig:
     original_window: int = 0  # 0: block_size
     rope_extra: dict[str, float] = field(default_factory=dict)
     bos_id: int | None = None
-    eos_id: int | None = None
+    eos_id: int | tuple[int, ...] | None = None  # Llama 3's instruct models end at any of several
 
     def __post_init__(self) -> None:
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -279,21 +279,22 @@ class LLaMA(nn.Module):
     @torch.inference_mode()
     def stream(
         self, ids: Tensor, max_new_tokens: int, *, temperature: float = 0.0, top_p: float = 1.0,
-        eos_id: int | None = None, generator: torch.Generator | None = None,
+        eos_id: int | tuple[int, ...] | None = None, generator: torch.Generator | None = None,
     ) -> Iterator[Tensor]:  # fmt: skip
         """Yield the next tokens (B,) of ids (B, T), one step at a time, until max_new_tokens or until every sequence
-        has met eos_id; a sequence that has met it gets it again. temperature 0 is greedy; otherwise one of the
+        has met eos_id (one, or any of several); one that has met it gets it again. temperature 0 is greedy; otherwise one of the
         likeliest tokens that make up top_p of the probability is drawn."""
         cache = KVCache(self.config, len(ids), ids.size(1) + max_new_tokens, ids.device, self.lm_head.weight.dtype)
         done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        stop = None if eos_id is None else torch.tensor(eos_id, device=ids.device).reshape(-1)
         for _ in range(max_new_tokens):
             logits = self.lm_head(self.hidden(ids, cache)[:, -1]).float()  # the head meets the last token alone
             token = sample(logits, temperature, top_p, generator)
-            if eos_id is not None:
-                token = torch.where(done, eos_id, token)
-                done |= token == eos_id
+            if stop is not None:
+                token = torch.where(done, stop[0], token)
+                done |= torch.isin(token, stop)
             yield token
-            if eos_id is not None and done.all():
+            if stop is not None and done.all():
                 return
             ids = token[:, None]
 

@@ -134,7 +134,7 @@ def extrapolation_bound(h_max, s, head_dim: int, theta: float) -> np.ndarray:
 
 
 def difference_bound(h, s, head_dim: int, theta: float) -> np.ndarray:
-    """|a(s)| <= max_j |h_j - h_{j+1}| B(s), the first and sharper form of eq. (8). h (..., d/2) -> like attention_score.
+    """|a(s)| <= max_j |h_j - h_{j+1}| B(s), the sharper form of eq. (8); shapes as in attention_score.
 
     It is summation by parts, sum_j h_j e^{i s theta_j} = sum_k A_k (h_{k-1} - h_k), which needs h_{d/2} = 0: the
     last difference is |h_{d/2-1}| itself. It beats the trivial bound only where h changes slowly from pair to pair.
@@ -162,79 +162,69 @@ def adversarial_h(s, head_dim: int, theta: float, h_max: float = 1.0) -> np.ndar
 # --------------------------------------------------------------------------- the script
 
 
-def summarize(head_dim: int, theta: float, b: np.ndarray) -> dict:
-    """What B on 0 .. len(b) - 1 says of the claims B(s) >= d and "(8) is 600 times (7)". JSON-ready."""
-    grid = {c: float(interpolation_bound(1.0, 0.5, 0, 1, head_dim, theta, c)) for c in ("paper", "exact")}  # eq. (7)
-    below, trivial = b < head_dim, float(trivial_bound(1.0, head_dim))
+def summarize(head_dim: int, b: np.ndarray, deviation: dict) -> dict:
+    """What B on 0 .. len(b) - 1 says of the claims B(s) >= d and "(8) is 600 times (7)", ready for JSON."""
+    below, trivial, least = b < head_dim, float(trivial_bound(1.0, head_dim)), float(b.min())
     return {
         "range": [0, len(b) - 1],
-        "min_B_over_d": float(b.min() / head_dim),
+        "min_B_over_d": least / head_dim,
         "argmin": int(b.argmin()),
         "first_below_d": int(below.argmax()) if below.any() else None,
         "share_below_d": float(below.mean()),
-        "ratio": {c: float(2 * b.min() / grid[c]) for c in grid},  # min of (8) over (7)
-        "trivial_ratio": {c: trivial / grid[c] for c in grid},
-        "min_extrapolation_over_trivial": float(2 * b.min() / trivial),
+        "ratio": {c: 2 * least / deviation[c] for c in ("paper", "exact")},  # the least of (8) over (7)
+        "trivial_ratio": {c: trivial / deviation[c] for c in ("paper", "exact")},
+        "min_extrapolation_over_trivial": 2 * least / trivial,
     }
 
 
-def table(args: argparse.Namespace, report: dict) -> str:
-    """The report as text, a column per range, the paper's claim last (it was made for c = 10000, d = 128)."""
+def table(report: dict) -> str:
+    """The report as text: a column per range, the paper's claim last."""
     ranges, dev = report["ranges"], report["grid_deviation"]
-    rows = [["distances s"] + [f"0 .. {r['range'][1]}" for r in ranges] + ["the paper"]]
-
-    def row(name, value, claim):
-        rows.append([name] + [value(r) for r in ranges] + [claim])
-
-    row("least B(s)/d", lambda r: f"{r['min_B_over_d']:.4f}", "at least 1")
-    row("  at s =", lambda r: str(r["argmin"]), "")
-    row("first s with B(s) < d", lambda r: "none" if r["first_below_d"] is None else str(r["first_below_d"]), "none")
-    row("share of s with B(s) < d", lambda r: f"{r['share_below_d']:.2%}", "0%")
-    row("least (8) / (7), paper's constant", lambda r: f"{r['ratio']['paper']:.0f}x", "at least 600x")
-    row("least (8) / (7), exact constant", lambda r: f"{r['ratio']['exact']:.0f}x", "")
-    row("trivial / (7), paper's constant", lambda r: f"{r['trivial_ratio']['paper']:.0f}x", "not considered")
-    row("trivial / (7), exact constant", lambda r: f"{r['trivial_ratio']['exact']:.0f}x", "")
-    row("least (8) / trivial", lambda r: f"{r['min_extrapolation_over_trivial']:.2f}x", "not considered")
-    widths = [max(len(line[i]) for line in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join([line[0].ljust(widths[0])] + [x.rjust(w) for x, w in zip(line[1:], widths[1:])]) for line in rows
-    ]
+    rows = [["distances s", *(f"0 .. {r['range'][1]}" for r in ranges), "the paper"]]
+    for name, value, claim in (
+        ("least B(s)/d", lambda r: f"{r['min_B_over_d']:.4f}", "at least 1"),
+        ("  at s =", lambda r: str(r["argmin"]), ""),
+        ("first s with B(s) < d", lambda r: str(r["first_below_d"]).lower(), "none"),
+        ("share of s with B(s) < d", lambda r: f"{r['share_below_d']:.2%}", "0%"),
+        ("least (8) / (7), paper's constant", lambda r: f"{r['ratio']['paper']:.0f}x", "at least 600x"),
+        ("least (8) / (7), exact constant", lambda r: f"{r['ratio']['exact']:.0f}x", ""),
+        ("trivial / (7), paper's constant", lambda r: f"{r['trivial_ratio']['paper']:.0f}x", "not considered"),
+        ("trivial / (7), exact constant", lambda r: f"{r['trivial_ratio']['exact']:.0f}x", ""),
+        ("least (8) / trivial", lambda r: f"{r['min_extrapolation_over_trivial']:.2f}x", "not considered"),
+    ):
+        rows.append([name, *(value(r) for r in ranges), claim])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join([r[0].ljust(widths[0]), *map(str.rjust, r[1:], widths[1:])]).rstrip() for r in rows]
     lines.insert(1, "-" * len(lines[0]))
-    return "\n".join(
-        [f"RoPE head_dim {args.head_dim}, theta {args.theta:g}; window {args.window} x scale {args.scale:g}", ""]
-        + lines
-        + [
-            "",
-            "(8): |a(s)| <= 2 max|h| B(s).  trivial: |a(s)| <= (d/2) max|h|.",
-            f"(7), deviation from the chord on the unit grid, in max|h|: paper {dev['paper']:.5f}, exact "
-            f"{dev['exact']:.5f}, attained by the worst h {dev['attained']:.5f}.",
-        ]
+    return "\n".join(lines) + (
+        "\n\n(8): |a(s)| <= 2 max|h| B(s).  trivial: |a(s)| <= (d/2) max|h|.  The paper has d 128, c 10000."
+        f"\n(7), deviation from the chord on the unit grid, in max|h|: paper {dev['paper']:.5f}, exact "
+        f"{dev['exact']:.5f}, attained by the worst h {dev['attained']:.5f}."
     )
 
 
-def figure(args: argparse.Namespace, b: np.ndarray, report: dict):
+def figure(report: dict, b: np.ndarray):
     """Left: both bounds over distance, in max|h|. Right: B(s)/d, the paper's figure 5, as far as asked."""
     import matplotlib
+    from matplotlib.figure import Figure  # draws without a display
 
-    matplotlib.use("Agg")
     matplotlib.rcParams["agg.path.chunksize"] = 10000  # long ranges are long lines
-    from matplotlib.figure import Figure
-
-    fig, dev, s = Figure(figsize=(12, 4.5), layout="constrained"), report["grid_deviation"], np.arange(len(b))
+    d, window, dev = report["head_dim"], report["window"], report["grid_deviation"]
+    fig, s = Figure(figsize=(12, 4.5), layout="constrained"), np.arange(len(b))
     left, right = fig.subplots(1, 2)
-    left.semilogy(s, 2 * b, lw=0.5, label=r"extrapolation, eq. (8): $2B(s)$")
-    left.axhline(args.head_dim / 2, color="C2", label=r"trivial: $d/2$")
+    left.semilogy(s, 2 * b, lw=0.5, label="extrapolation, eq. (8): 2B(s)")
+    left.axhline(d / 2, color="C2", label="trivial: d/2")
     left.axhline(dev["exact"], color="C3", label=f"interpolation, exact: {dev['exact']:.3f}")
     left.axhline(dev["paper"], color="C1", ls="--", label=f"interpolation, the paper's (7): {dev['paper']:.3f}")
     left.set(xlabel="distance s (tokens)", ylabel="bound, in units of max|h|", title="Both bounds over distance")
-    right.plot(s, b / args.head_dim, lw=0.5, label="B(s)/d")
+    right.plot(s, b / d, lw=0.5, label="B(s)/d")
     right.axhline(1, color="C3", ls="--", label="the paper's claim: never below 1")
-    right.axhline(0.25, color="C2", label="trivial bound, as B(s)/d = 1/4: never below")
+    right.axhline(0.25, color="C2", label="the trivial bound: 1/4, never undercut")
     right.set(xlabel="distance s (tokens)", ylabel="B(s)/d", ylim=(0, 4), title="The paper's figure 5, further out")
-    for axis in (left, right):
-        axis.axvspan(0, args.window, color="0.9", zorder=0, label=f"window ({args.window})")
-        axis.legend(fontsize=8, loc="center right" if axis is left else "upper right")
-    fig.suptitle(f"RoPE with head_dim {args.head_dim}, theta {args.theta:g}")
+    for axis, place in ((left, (1, 0.36)), (right, (1, 0.87))):
+        axis.axvspan(0, window, color="0.85", zorder=0, label=f"trained window: {window}")
+        axis.legend(fontsize=8, loc="center right", bbox_to_anchor=place, framealpha=1)
+    fig.suptitle(f"RoPE with head_dim {d}, theta {report['theta']:g}")
     return fig
 
 
@@ -249,10 +239,10 @@ def number(kind, least, what: str):
     def parse(text: str):
         try:
             value = kind(text)
+            if not least <= value <= 1e300:  # nan fails too
+                raise ValueError
         except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or value < least:
-            raise argparse.ArgumentTypeError(f"give {what}, not {text!r}")
+            raise argparse.ArgumentTypeError(f"give {what}, not {text[:40]!r}") from None
         return value
 
     return parse
@@ -264,12 +254,14 @@ def parse_args(argv=None) -> argparse.Namespace:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Draw and check the two bounds of the Position Interpolation paper (eq. 5 to 8).",
-        epilog="presets:\n" + "\n".join(f"  {k:8} {v}" for k, v in PRESETS.items()),
+        epilog="presets:\n"
+        + "\n".join(f"  {k:8} {', '.join(f'{n} {x:g}' for n, x in v.items())}" for k, v in PRESETS.items()),
     )
+    above_1 = math.nextafter(1, 2)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="llama", help="RoPE settings, listed below (default: %(default)s)")
     add("--head_dim", type=number(int, 2, "an even whole number of at least 2"), help="d (default: the preset's, 128)")
-    add("--theta", type=number(float, 1.001, "a number above 1"), help="base c (default: the preset's, 10000)")
+    add("--theta", type=number(float, above_1, "a number above 1"), help="base c (default: the preset's, 10000)")
     add("--window", type=number(int, 1, "a whole number of tokens of at least 1"),
         help="trained window L in tokens (default: the preset's, 2048)")  # fmt: skip
     add("--scale", type=number(float, 1, "a number of at least 1"), default=16.0,
@@ -283,7 +275,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     if args.head_dim % 2:
         parser.error(f"argument --head_dim: give an even whole number, not {args.head_dim}")
     if args.head_dim * max(args.scale * args.window, *PAPER_RANGES) > 2**29:
-        parser.error("argument --scale: head_dim x window x scale is beyond 2^29, give a smaller --scale or --head_dim")
+        parser.error("argument --scale: scale x window x head_dim is beyond 2^29, lower --scale or --window")
     for name, path in (("--plot", args.plot), ("--json", args.json)):
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             parser.error(f"argument {name}: give a file in a folder that exists, not {str(path)!r}")
@@ -314,24 +306,21 @@ def main(argv=None) -> None:
     d, theta = args.head_dim, args.theta
     ends = sorted({*PAPER_RANGES, round(args.scale * args.window)})
     b = B(np.arange(ends[-1] + 1), d, theta)
-    deviation = {c: float(interpolation_bound(1.0, 0.5, 0, 1, d, theta, c)) for c in ("paper", "exact")}
+    deviation = {c: float(interpolation_bound(1.0, 0.5, 0, 1, d, theta, c)) for c in ("paper", "exact")}  # eq. (7)
     worst = attention_score(adversarial_h(0.5, d, theta), np.array([0, 0.5, 1]), d, theta)
     deviation["attained"] = float(worst[1] - (worst[0] + worst[2]) / 2)
-    report = {name: getattr(args, name) for name in ("head_dim", "theta", "window", "scale")}
-    report |= {
+    report = {name: getattr(args, name) for name in ("head_dim", "theta", "window", "scale")} | {
         "sum_theta_squared": sum_theta_squared(d, theta),
         "grid_deviation": deviation,
-        "ranges": [summarize(d, theta, b[: end + 1]) for end in ends],
+        "ranges": [summarize(d, b[: end + 1], deviation) for end in ends],
         "paper": {"head_dim": 128, "theta": 10000.0, "min_B_over_d": 1.0, "ratio": 2 * 294.73},
     }
-    print(table(args, report))
+    print(f"RoPE head_dim {d}, theta {theta:g}; window {args.window} x scale {args.scale:g}\n\n{table(report)}")
     if args.json is not None:
-        text = json.dumps(report, indent=2) + "\n"
-        write(args, "--json", args.json, lambda path: path.write_text(text))
+        write(args, "--json", args.json, lambda path: path.write_text(json.dumps(report, indent=2) + "\n"))
     if args.plot is not None:
-        fig = figure(args, b, report)
-        kind = args.plot.suffix[1:]
-        write(args, "--plot", args.plot, lambda path: fig.savefig(path, dpi=130, format=kind))
+        fig = figure(report, b)
+        write(args, "--plot", args.plot, lambda path: fig.savefig(path, dpi=130, format=args.plot.suffix[1:]))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,631 @@
+"""Text becomes tokens, tokens become batches: tokenizers, the corpus on disk, the passkey text, the training mix.
+
+This file stands alone and knows nothing of the model. Read it from top to bottom:
+
+    tokenizer = load_tokenizer("out/base")                  # tokenizer.json, or LLaMA's and Llama 3's tokenizer.model
+    corpus = load_corpus(["novels/"], tokenizer, "train")   # tokenized once, then a memory-mapped file
+    prompt = passkey_prompt(tokenizer, length=2048, k=1024, key="00417")
+    ids, targets = sample_batch(corpus, tokenizer, 256, step=0, indices=range(16), seed=0)
+
+A batch is a pure function of (seed, step, index in the global batch): there is no sampler whose state could
+be lost, so a resumed run sees what it would have seen, and any number of processes share a batch by slicing it.
+"""
+
+import base64
+import hashlib
+import json
+import os
+import re
+import sys
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+# ---------------------------------------------------------------- tokenizers
+
+
+@dataclass(eq=False)
+class Tokenizer:
+    """What every tokenizer here can do, whichever library does it.
+
+    encode gives no BOS and no EOS, and text that looks like a special token ("<s>") is text, since prompts and
+    corpora are nothing else. decode leaves special tokens out. bos_id and eos_id are None where there is none.
+    """
+
+    encode: Callable[[str], list[int]]
+    encode_batch: Callable[[list[str]], list[list[int]]]
+    decode: Callable[[Sequence[int]], str]
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    files: dict[str, bytes] = field(repr=False)  # what `save` writes, by name; the first defines the tokenizer
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash that changes with the tokens that any text could get."""
+        content = next(iter(self.files.values()))
+        return hashlib.sha256(content + f"{self.bos_id} {self.eos_id}".encode()).hexdigest()[:16]
+
+    def save(self, folder: str | Path) -> None:
+        """Write the tokenizer's files into folder, so that it opens there again, here and in transformers."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name, content in self.files.items():
+            with _atomic(Path(folder) / name) as file:
+                file.write(content)
+
+
+class _atomic:
+    """`with _atomic(path) as file`: a binary file under a temporary name, that gets its own only when all went well."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.temporary = path, path.with_name(f"{path.name}.{os.getpid()}.tmp")
+
+    def __enter__(self):
+        self.file = open(self.temporary, "w+b")
+        return self.file
+
+    def __exit__(self, kind, error, traceback) -> None:
+        try:
+            self.file.close()
+            if kind is None:
+                os.replace(self.temporary, self.path)
+        except OSError as late:  # the last bytes are written on closing
+            kind, error = OSError, late
+        if kind is not None:
+            self.temporary.unlink(missing_ok=True)
+            if isinstance(error, OSError) and not error.filename:  # a full disk doesn't say where it is full
+                raise OSError(error.errno, error.strerror or str(error), str(self.path)) from None
+            raise error
+
+
+_COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
+               "tokenizer.model", "chat_template.jinja")  # fmt: skip
+
+
+def load_tokenizer(folder: str | Path, bos_id: int | None = None, eos_id: int | None = None) -> Tokenizer:
+    """The tokenizer in a checkpoint's folder: tokenizer.json, else tokenizer.model in either of Meta's formats.
+
+    bos_id, eos_id: the checkpoint's own, which win; None asks the tokenizer's files.
+    Raises ValueError where there is no tokenizer, or none that can be read.
+    """
+    folder = Path(folder)
+    main = next((folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()), None)
+    if main is None:
+        raise ValueError(f"{folder} holds no tokenizer: put its tokenizer.json or tokenizer.model there")
+    files = {main.name: main.read_bytes()}
+    files |= {name: (folder / name).read_bytes() for name in _COMPANIONS if (folder / name).is_file()}
+    content = files[main.name]
+    try:
+        if main.name == "tokenizer.json":
+            return _from_json(files, bos_id, eos_id)
+        if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", content):
+            return _from_ranks(files, bos_id, eos_id)
+        return _from_sentencepiece(files, bos_id, eos_id)
+    except Exception as error:  # each library has its own errors, one of them of type Exception
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{main} can't be read as a tokenizer ({reason}): fetch it again") from None
+
+
+def _special_names(files: dict[str, bytes], kind: str) -> Iterator[str]:
+    """What may be the BOS or EOS token (kind "bos" or "eos"), likeliest first."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = json.loads(files.get(name, b"{}")).get(f"{kind}_token")
+        if token is not None:
+            yield token["content"] if isinstance(token, dict) else token
+    yield from {"bos": ("<s>", "<|begin_of_text|>"), "eos": ("</s>", "<|end_of_text|>", "<|endoftext|>")}[kind]
+
+
+def _from_json(files: dict[str, bytes], bos_id: int | None, eos_id: int | None) -> Tokenizer:
+    """tokenizer.json, through the tokenizers library."""
+    import tokenizers
+
+    tok = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
+    tok.encode_special_tokens = True  # or "<s>" within a text would become BOS
+    tok.no_truncation(), tok.no_padding()  # a file may ask for them; text is taken whole
+
+    def find(kind: str) -> int | None:
+        return next((i for i in map(tok.token_to_id, _special_names(files, kind)) if i is not None), None)
+
+    bos_id, eos_id = find("bos") if bos_id is None else bos_id, find("eos") if eos_id is None else eos_id
+    if "tokenizer_config.json" not in files:  # transformers wants it beside tokenizer.json
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        config |= {name: tok.id_to_token(i) for name, i in (("bos_token", bos_id), ("eos_token", eos_id)) if i is not None}
+        files = files | {"tokenizer_config.json": json.dumps(config, indent=2).encode()}
+    return Tokenizer(
+        encode=lambda text: tok.encode(text, add_special_tokens=False).ids,
+        encode_batch=lambda texts: [e.ids for e in tok.encode_batch_fast(texts, add_special_tokens=False)],
+        decode=lambda ids: tok.decode(list(map(int, ids))),
+        vocab_size=max(tok.get_vocab().values()) + 1,  # ids may have holes
+        bos_id=bos_id, eos_id=eos_id, files=files,
+    )  # fmt: skip
+
+
+def _from_sentencepiece(files: dict[str, bytes], bos_id: int | None, eos_id: int | None) -> Tokenizer:
+    """tokenizer.model of LLaMA 1 and 2, through the sentencepiece library."""
+    import sentencepiece
+
+    sp = sentencepiece.SentencePieceProcessor(model_proto=files["tokenizer.model"])
+    size = sp.vocab_size()
+    return Tokenizer(
+        encode=sp.encode,
+        encode_batch=sp.encode,
+        decode=lambda ids: sp.decode([int(i) for i in ids if i < size]),
+        vocab_size=size,
+        bos_id=(sp.bos_id() if sp.bos_id() >= 0 else None) if bos_id is None else bos_id,
+        eos_id=(sp.eos_id() if sp.eos_id() >= 0 else None) if eos_id is None else eos_id,
+        files=files,
+    )
+
+
+# Llama 3: where a text is cut before its bytes are merged, and the special tokens that follow the ranks
+_LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(4)),
+                   "<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>",
+                   *(f"<|reserved_special_token_{i}|>" for i in range(5, 251))]  # fmt: skip
+
+
+def _from_ranks(files: dict[str, bytes], bos_id: int | None, eos_id: int | None) -> Tokenizer:
+    """tokenizer.model of Llama 3: a line for each token, its bytes in base64 and its rank; through tiktoken."""
+    import tiktoken
+
+    lines = (line.split() for line in files["tokenizer.model"].splitlines() if line)
+    ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    base = len(ranks)  # 128,000
+    if sorted(ranks.values()) != list(range(base)):
+        raise ValueError(f"its {base} ranks are not 0 to {base - 1}")
+    special = {token: base + i for i, token in enumerate(_LLAMA3_SPECIAL)}
+    tok = tiktoken.Encoding("llama3", pat_str=_LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+    return Tokenizer(
+        encode=tok.encode_ordinary,
+        encode_batch=tok.encode_ordinary_batch,
+        decode=lambda ids: tok.decode([int(i) for i in ids if i < base]),
+        vocab_size=base + len(special),
+        bos_id=base if bos_id is None else bos_id,
+        eos_id=base + 1 if eos_id is None else eos_id,
+        files=files,
+    )
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> Tokenizer:
+    """A byte-level BPE of vocab_size tokens, `<s>` (BOS) and `</s>` (EOS) among them; the same for the same texts.
+
+    Every digit is a token of its own, as in LLaMA: a passkey is then five tokens, whatever its digits are.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if vocab_size < len(alphabet) + 2:
+        raise ValueError(f"vocab_size must be at least {len(alphabet) + 2} (all bytes, BOS and EOS), got {vocab_size}")
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tok.decoder = decoders.ByteLevel()
+    tok.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"], show_progress=False,
+    ))  # fmt: skip
+    return _from_json({"tokenizer.json": tok.to_str(pretty=True).encode()}, None, None)
+
+
+# ---------------------------------------------------------------- documents
+
+_LEFT_OUT = {"test", "tests", "idle_test", "idlelib", "encodings", "site-packages", "dist-packages", "__pycache__"}
+_SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
+
+
+def read_documents(paths: Sequence[str | Path] | None, split: str = "all") -> Iterator[tuple[str, str]]:
+    """Yield (name, text) of every document of a split: "train", "val" (about 10%) or "all".
+
+    paths: files (.txt, .md, .py: one document each; .jsonl, .parquet: one a row, its field `text`) or folders of
+    them; None: the sources of Python's standard library, which everybody has. The split depends on the
+    documents' names alone. If it leaves a side without any, the last document is validation, or the first
+    training; a single document is cut, and its last 10% is validation.
+    Raises ValueError for what is not text, and where there is no text at all.
+    """
+    if split not in ("train", "val", "all"):
+        raise ValueError(f"split must be train, val or all, got {split!r}")
+
+    def is_val(name: str) -> bool:
+        return int.from_bytes(hashlib.sha256(name.encode("utf-8", "replace")).digest()[:4]) % 10 == 0
+
+    names: list[str] = []  # of the first documents, until both sides have one
+    for name, _ in _documents(paths):
+        names.append(name)
+        if is_val(name) != is_val(names[0]):
+            break
+    if not names:
+        raise ValueError(f"{corpus_name(paths)}: no text found, expected files of {', '.join(_SUFFIXES)} that are not empty")
+    one_sided = len({is_val(name) for name in names}) == 1
+    for i, (name, text) in enumerate(_documents(paths)):
+        if split == "all":
+            yield name, text
+        elif len(names) == 1:
+            cut = len(text) * 9 // 10
+            if split == "val":
+                print(f"{name} is the only document: its last 10% is the validation text", file=sys.stderr)
+            yield name, text[cut:] if split == "val" else text[:cut]
+        else:
+            val = is_val(name) if not one_sided else i == len(names) - 1 if not is_val(names[0]) else i > 0
+            if val == (split == "val"):
+                yield name, text
+
+
+def corpus_name(paths: Sequence[str | Path] | None) -> str:
+    """What messages call the corpus of these paths."""
+    return "the standard library's sources" if paths is None else ", ".join(map(str, paths))
+
+
+def _documents(paths: Sequence[str | Path] | None) -> Iterator[tuple[str, str]]:
+    """(name, text) of every document that isn't empty, in a fixed order; names are relative to the paths given."""
+    if paths is None:
+        root = Path(sysconfig.get_path("stdlib"))
+        for path in sorted(root.rglob("*.py")):
+            name = path.relative_to(root).as_posix()
+            if _LEFT_OUT.isdisjoint(name.split("/")[:-1]) and path.stat().st_size > 2000:
+                yield name, path.read_text(encoding="utf-8", errors="replace")
+        return
+    for given in map(Path, paths):
+        if given.is_dir():
+            found = sorted(path for path in given.rglob("*") if path.suffix in _SUFFIXES and path.is_file())
+            if not found:
+                raise ValueError(f"{given} holds no {', '.join(_SUFFIXES)} file")
+        else:
+            found = [given]
+        for path in found:
+            name = path.relative_to(given).as_posix() if path != given else path.name
+            for row, text in _rows(path):
+                where = name if row is None else f"{name}:{row}"
+                try:
+                    text.encode("utf-8")
+                except (AttributeError, UnicodeEncodeError):  # not a string; half of a surrogate pair
+                    raise ValueError(f"{path}, row {row}: its field `text` is not text") from None
+                if text.strip():
+                    yield where, text
+
+
+def _rows(path: Path) -> Iterator[tuple[int | None, str]]:
+    """(row, text) of every document in a file; row is None where the file is the document."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        try:
+            file = pyarrow.parquet.ParquetFile(path)
+            if "text" not in file.schema_arrow.names:
+                raise ValueError(f"it has no column `text`, but {', '.join(file.schema_arrow.names)}")
+            row = 0
+            for batch in file.iter_batches(batch_size=256, columns=["text"]):
+                for text in batch.column(0).to_pylist():
+                    yield (row := row + 1), text
+        except ValueError as error:  # pyarrow's are ValueErrors, of many lines
+            raise ValueError(f"{path} can't be read: {str(error).splitlines()[0]}") from None
+    elif path.suffix == ".jsonl":
+        with open(path, "rb") as file:
+            for row, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        yield row, json.loads(line)["text"]
+                    except (ValueError, TypeError, KeyError):  # not JSON or not UTF-8; no object; no such field
+                        raise ValueError(f'{path}, line {row}: expected a JSON object with a field "text"') from None
+    elif path.suffix in _SUFFIXES or not path.exists():
+        try:
+            yield None, path.read_text(encoding="utf-8")  # a missing file raises here, with its name
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): convert it or leave it out") from None
+    else:
+        raise ValueError(f"{path} is none of {', '.join(_SUFFIXES)}: rename or convert it")
+
+
+# ---------------------------------------------------------------- the corpus on disk
+
+_FORMAT = 1  # of the cache file: header (3 int64: format, documents, tokens), tokens, starts (int64)
+
+
+@dataclass(eq=False)
+class Corpus:
+    """Documents joined as BOS document EOS (what the tokenizer has of them), in one memory-mapped stream."""
+
+    tokens: np.ndarray  # (n_tokens,) uint16, or uint32 for a vocabulary beyond 65,535
+    starts: np.ndarray  # (n_documents + 1,) int64: document i is tokens[starts[i] : starts[i + 1]]
+    name: str
+    has_bos: bool
+    has_eos: bool
+
+    def documents(self) -> list[np.ndarray]:
+        """The tokens of each document, without the BOS and EOS around them."""
+        pairs = zip(self.starts[:-1].tolist(), self.starts[1:].tolist())
+        return [self.tokens[start + self.has_bos : end - self.has_eos] for start, end in pairs]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def load_corpus(
+    paths: Sequence[str | Path] | None, tokenizer: Tokenizer, split: str = "all", cache: str | Path = "out/cache"
+) -> Corpus:
+    """The tokens of a split (see `read_documents`), from the cache if these very texts met this tokenizer before.
+
+    The texts are read twice, once for the name of the cache file, which is a hash of them, and once to be
+    tokenized; only a batch of them is in memory at a time.
+    """
+    digest, characters = hashlib.sha256(f"{_FORMAT} {tokenizer.fingerprint}".encode()), 0
+    for _, text in read_documents(paths, split):
+        content = text.encode("utf-8")
+        digest.update(len(content).to_bytes(8) + content)  # the length: "ab", "c" is not "a", "bc"
+        characters += len(text)
+    path = Path(cache) / f"{digest.hexdigest()[:32]}.tokens"
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size < 65536 else np.uint32)
+    if not _complete(path, dtype):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _tokenize(path, read_documents(paths, split), tokenizer, dtype, characters)
+    _, n_documents, n_tokens = np.fromfile(path, np.int64, 3).tolist()
+    return Corpus(
+        tokens=np.memmap(path, dtype, mode="r", offset=24, shape=(n_tokens,)),
+        starts=np.fromfile(path, np.int64, n_documents + 1, offset=24 + n_tokens * dtype.itemsize),
+        name=corpus_name(paths), has_bos=tokenizer.bos_id is not None, has_eos=tokenizer.eos_id is not None,
+    )  # fmt: skip
+
+
+def _complete(path: Path, dtype: np.dtype) -> bool:
+    """Whether a cache file is there and whole."""
+    if not path.is_file() or path.stat().st_size < 24:
+        return False
+    version, n_documents, n_tokens = np.fromfile(path, np.int64, 3).tolist()
+    return version == _FORMAT and path.stat().st_size == 24 + n_tokens * dtype.itemsize + (n_documents + 1) * 8
+
+
+def _tokenize(
+    path: Path, documents: Iterator[tuple[str, str]], tokenizer: Tokenizer, dtype: np.dtype, characters: int
+) -> None:
+    """Write the cache file; several processes may do so at once, each under its own temporary name."""
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    starts = [0]
+    bar = tqdm(total=characters, desc="tokenizing", unit="char", unit_scale=True, file=sys.stderr)
+    with bar, _atomic(path) as file:
+        file.write(bytes(24))
+        for batch in _batches((text for _, text in documents), 2**20):
+            for ids in tokenizer.encode_batch(batch):
+                ids = np.array(bos + ids + eos)
+                if ids.size and not 0 <= ids.min() <= ids.max() < 2 ** (8 * dtype.itemsize):
+                    raise ValueError(f"the tokenizer gives ids beyond its vocabulary of {tokenizer.vocab_size}")
+                file.write(ids.astype(dtype).tobytes())
+                starts.append(starts[-1] + len(ids))
+            bar.update(sum(map(len, batch)))
+        file.write(np.array(starts, np.int64).tobytes())
+        file.seek(0)
+        file.write(np.array([_FORMAT, len(starts) - 1, starts[-1]], np.int64).tobytes())
+
+
+def _batches(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
+    """Group texts into lists of about that many characters."""
+    batch: list[str] = []
+    for text in texts:
+        batch.append(text)
+        if sum(map(len, batch)) >= characters or len(batch) == 256:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+# ---------------------------------------------------------------- the passkey text
+
+TASK = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
+    "I will quiz you about the important information there."
+)
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+KEY = "The pass key is {key}. Remember it. {key} is the pass key."
+QUESTION = "What is the pass key? The pass key is"  # the answer follows, as " 12345"
+SENTENCES = re.findall(r"[^ ][^.]*\.", FILLER)
+
+
+@dataclass
+class PasskeyPrompt:
+    """ids: the prompt, BOS first if there is one.  key: five digits.  k: tokens from the key line's first to the end."""
+
+    ids: list[int]
+    key: str
+    k: int
+
+    @property
+    def length(self) -> int:
+        return len(self.ids)
+
+
+def random_key(rng: np.random.Generator) -> str:
+    """Five digits, zeros in front included: all 100,000 keys are equally likely."""
+    return f"{rng.integers(100_000):05d}"
+
+
+def _filler(n: int) -> str:
+    """A line of n sentences of filler."""
+    return " ".join(SENTENCES[i % len(SENTENCES)] for i in range(n))
+
+
+def passkey_text(key: str, before: int, after: int) -> str:
+    """The paper's prompt with so many sentences of filler before and after the key line."""
+    return "\n".join(line for line in (TASK, _filler(before), KEY.format(key=key), _filler(after), QUESTION) if line)
+
+
+def _encode_prompt(tokenizer: Tokenizer, key: str, before: int, after: int) -> tuple[list[int], int]:
+    """The prompt's ids and where the key line begins in them."""
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    text = passkey_text(key, before, after)
+    ids, head = tokenizer.encode(text), tokenizer.encode(text[: text.index(KEY.format(key=key))])
+    # the first token that differs is the key line's, also in a vocabulary that joins the line break to it
+    start = next((i for i, (a, b) in enumerate(zip(ids, head)) if a != b), len(head))
+    return bos + ids, len(bos) + start
+
+
+@lru_cache(maxsize=64)
+def _filler_sizes(tokenizer: Tokenizer, room: int) -> np.ndarray:
+    """Tokens that a line of 0, 1, 2, ... sentences of filler adds to a prompt, as far as they fit into room."""
+    one_more = [len(_encode_prompt(tokenizer, "12345", 0, n)[0]) for n in range(len(SENTENCES) + 2)]
+    sizes = [n - one_more[0] for n in one_more]
+    # from the second sentence on all are within a line, and any five of them are one round of the filler
+    while sizes[-1] <= room:
+        sizes.append(sizes[-len(SENTENCES)] + one_more[-1] - one_more[1])
+    return np.array(sizes)
+
+
+def passkey_prompt(tokenizer: Tokenizer, length: int, k: int, key: str) -> PasskeyPrompt | None:
+    """The paper's prompt, the key line k tokens from its end, its filler in whole sentences.
+
+    length: tokens of the prompt at most, which it comes as near as whole sentences allow; the answer comes on top.
+    k: tokens wanted from the key line's first token to the prompt's end; the actual k is the nearest possible,
+    and what the header leaves room for (k = length puts the key right after it, or nearly).
+    Returns None if k is below what key line and question take, or length below the shortest prompt.
+    """
+    if not re.fullmatch(r"[0-9]{5}", key):
+        raise ValueError(f"key must be five digits, got {key!r}")
+    ids, start = _encode_prompt(tokenizer, key, 0, 0)
+    room, shortest = length - len(ids), len(ids) - start
+    if room < 0 or k < shortest:
+        return None
+    sizes = _filler_sizes(tokenizer, room)
+    fitting = sizes[sizes <= room]
+    after = int(np.abs(shortest + fitting - k).argmin())
+    before = int((fitting <= room - fitting[after]).sum()) - 1
+    while True:
+        ids, start = _encode_prompt(tokenizer, key, before, after)
+        if len(ids) <= length:  # the sizes were right; a tokenizer that joins words may need another try
+            return PasskeyPrompt(ids, key, len(ids) - start)
+        before, after = max(before - 1, 0), after if before else after - 1
+
+
+# ---------------------------------------------------------------- training sequences
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What training sequences are made of: shares of passkey text and of repeated segments, the rest plain text.
+
+    The paper fine-tunes on text alone, and its models can copy already. A tiny base learns it in minutes only from
+    text in which copying pays: passkeys, and segments that come again and again.
+    dense: the share of the passkey sequences that have many keys and questions; the others are whole prompts.
+    window: tokens that such a sequence has at most (None: as long as the batch); longer rows begin with text.
+    """
+
+    passkey: float = 0.0
+    repeat: float = 0.0
+    dense: float = 0.5
+    window: int | None = None
+
+
+def sample_batch(
+    corpus: Corpus, tokenizer: Tokenizer, length: int, step: int, indices: Iterable[int], *, seed: int, mix: Mix = Mix()
+) -> tuple[Tensor, Tensor]:
+    """Rows `indices` of the global batch of a step: ids (B, length) and targets (B, length), int64, on the CPU.
+
+    Row i depends on (seed, step, i) and nothing else: not on the other rows, the process, or what was drawn before.
+    """
+    if len(corpus) <= length:
+        raise ValueError(f"{corpus.name}: {len(corpus)} tokens are fewer than one window of {length} + 1: give more text")
+    rows = [_row(corpus, tokenizer, length, np.random.default_rng([seed, step, int(i)]), mix) for i in indices]
+    batch = torch.from_numpy(np.stack(rows))
+    return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+
+
+def _row(corpus: Corpus, tokenizer: Tokenizer, length: int, rng: np.random.Generator, mix: Mix) -> np.ndarray:
+    """One training sequence, (length + 1,) int64: its last token is a target only."""
+    kind = rng.random()
+    window = min(length, mix.window or length)
+    if kind < mix.passkey * mix.dense:
+        piece = _dense_passkeys(corpus, tokenizer, window + 1, rng)
+    elif kind < mix.passkey:
+        piece = _passkey_prompts(corpus, tokenizer, window + 1, rng)
+    elif kind < mix.passkey + mix.repeat:
+        piece = _repeats(corpus, tokenizer, window + 1, rng)
+    else:
+        piece = _text(corpus, length + 1, rng)
+    return np.concatenate([_text(corpus, length + 1 - len(piece), rng), piece]).astype(np.int64)
+
+
+def _text(corpus: Corpus, n: int, rng: np.random.Generator) -> np.ndarray:
+    """n tokens of the stream, from anywhere."""
+    start = int(rng.integers(len(corpus.tokens) - n + 1))
+    return np.asarray(corpus.tokens[start : start + n])
+
+
+def _line(tokenizer: Tokenizer, text: str, end: str = "\n") -> list[int]:
+    """The tokens of a line as they are within a text, after a line break (a text's first word may get others)."""
+    return tokenizer.encode("\n" + text + end)[len(tokenizer.encode("\n")) :]
+
+
+@lru_cache(maxsize=1024)
+def _filler_line(tokenizer: Tokenizer, n: int) -> list[int]:
+    return _line(tokenizer, _filler(n)) if n else []
+
+
+def _dense_passkeys(corpus: Corpus, tokenizer: Tokenizer, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Key lines, a little filler or text after each, then mostly the question: many answers to learn from."""
+    parts: list[np.ndarray | list[int]] = []
+    total = 0
+    while total < size:
+        key = random_key(rng)
+        parts.append(_line(tokenizer, KEY.format(key=key)))
+        if rng.random() < 0.5:
+            parts += [_text(corpus, int(rng.integers(min(30, size))), rng), _line(tokenizer, "")]
+        else:
+            parts.append(_filler_line(tokenizer, int(rng.integers(len(SENTENCES) + 2))))
+        if rng.random() < 0.7:
+            parts.append(_line(tokenizer, f"{QUESTION} {key}"))
+        total = sum(map(len, parts))
+    return np.concatenate(parts)[:size]
+
+
+def _passkey_prompts(corpus: Corpus, tokenizer: Tokenizer, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Whole prompts with their answers, each a document as in the evaluation, then text where no other fits.
+    A window too short for a prompt gets dense passkeys."""
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    task, sizes = tokenizer.encode(TASK + "\n"), _filler_sizes(tokenizer, size)
+    parts: list[np.ndarray | list[int]] = []
+    left = size
+    while True:
+        key = random_key(rng)
+        key_line, question = _line(tokenizer, KEY.format(key=key)), _line(tokenizer, f"{QUESTION} {key}", end="")
+        shortest = len(bos + task + key_line + question + eos)
+        if shortest >= size:
+            return _dense_passkeys(corpus, tokenizer, size, rng)
+        room = int((size - 1 - shortest) * rng.random() ** 1.5)  # short prompts more often: more of them in a row
+        if shortest + room > left:
+            return np.concatenate([*parts, _text(corpus, left, rng)])
+        after = np.searchsorted(sizes, rng.integers(room + 1), side="right") - 1
+        before = np.searchsorted(sizes, room - sizes[after], side="right") - 1
+        prompt = bos + task + _filler_line(tokenizer, int(before)) + key_line
+        prompt += _filler_line(tokenizer, int(after)) + question + eos
+        parts.append(prompt)
+        left -= len(prompt)
+
+
+def _repeats(corpus: Corpus, tokenizer: Tokenizer, size: int, rng: np.random.Generator) -> np.ndarray:
+    """2 to 8 segments of 5 to 25 tokens (random tokens, random digits, text), again and again in random order."""
+    segments = []
+    for kind in rng.random(rng.integers(2, 9)):
+        n = int(rng.integers(5, 26))
+        if kind < 0.35:
+            segments.append(rng.integers(tokenizer.vocab_size, size=n))
+        elif kind < 0.7:
+            segments.append(_digits(tokenizer)[rng.integers(10, size=n)])
+        else:
+            segments.append(_text(corpus, min(n, len(corpus)), rng))
+    order = rng.integers(len(segments), size=size // min(map(len, segments)) + 1)
+    return np.concatenate([segments[i] for i in order])[:size]
+
+
+@lru_cache(maxsize=8)
+def _digits(tokenizer: Tokenizer) -> np.ndarray:
+    """The tokens of 0 to 9."""
+    return np.array([_line(tokenizer, str(digit), end="")[-1] for digit in range(10)])

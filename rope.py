@@ -87,18 +87,25 @@ def rope_frequencies(
         exponent = head_dim / (head_dim - 2) if head_dim > 2 else 1.0
         inv_freq = frequencies(theta * scale**exponent)
     elif method == "yarn":
+        if not 0 < beta_slow < beta_fast < math.inf:
+            raise ValueError(f"beta_fast {beta_fast} must be above beta_slow {beta_slow}, and both positive and finite")
+        if attention_factor is not None and not 0 < attention_factor < math.inf:
+            raise ValueError(f"attention_factor must be a positive finite number, got {attention_factor}")
 
         def dim_of(turns: float) -> float:  # the (fractional) pair that makes `turns` turns within the window
             return head_dim * math.log(original_window / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
         low = max(math.floor(dim_of(beta_fast)), 0)
         high = min(math.ceil(dim_of(beta_slow)), head_dim - 1)
-        ramp = ((torch.arange(head_dim // 2, dtype=torch.float64) - low) / max(high - low, 1e-3)).clamp(0, 1)
+        ramp = ((pair / 2 - low) / max(high - low, 1e-3)).clamp(0, 1)
         inv_freq = inv_freq * (1 - ramp) + inv_freq / scale * ramp  # ramp 0: kept (fast), 1: interpolated (slow)
         factor = 0.1 * math.log(scale) + 1.0 if attention_factor is None else attention_factor
     elif method == "llama3":
-        if high_freq_factor <= low_freq_factor:
-            raise ValueError(f"high_freq_factor {high_freq_factor} must be above low_freq_factor {low_freq_factor}")
+        if not 0 < low_freq_factor < high_freq_factor < math.inf:
+            raise ValueError(
+                f"high_freq_factor {high_freq_factor} must be above low_freq_factor {low_freq_factor}, "
+                "and both positive and finite"
+            )
         turns = original_window * inv_freq / (2 * math.pi)  # L / wavelength
         keep = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
         inv_freq = keep * inv_freq + (1 - keep) * inv_freq / scale

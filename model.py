@@ -13,7 +13,7 @@ Shapes: B sequences, T tokens, C = n_embd, H heads, K key/value heads, D = head_
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +56,8 @@ class LLaMAConfig:
         for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "intermediate_size", "block_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.norm_eps < 1:
+            raise ValueError(f"norm_eps must be a small positive number, got {self.norm_eps}")
         if not self.head_dim and self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: give head_dim")
         self.head_dim = self.head_dim or self.n_embd // self.n_head
@@ -82,7 +84,8 @@ class LLaMAConfig:
         """One of PRESETS, with some fields changed. ValueError for an unknown name."""
         if name not in PRESETS:
             raise ValueError(f"preset {name!r} is unknown: choose one of {', '.join(PRESETS)}")
-        return replace(cls(**PRESETS[name]), **changes)
+        fields = PRESETS[name]  # what is derived (head_dim, n_kv_head) follows the changes, the original window does not
+        return cls(**{**fields, "original_window": cls(**fields).block_size, **changes})
 
 
 def _shape(n_layer: int, n_head: int, n_embd: int, intermediate_size: int, **more) -> dict:
@@ -308,7 +311,8 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     if temperature == 0:
         return logits.argmax(-1)
     probs, order = (logits / temperature).softmax(-1).sort(descending=True)
-    probs[probs.cumsum(-1) - probs >= top_p] = 0  # the token that crosses top_p stays, so there is always one
+    if top_p < 1:
+        probs[:, 1:][(probs.cumsum(-1) - probs)[:, 1:] >= top_p] = 0  # the first stays, and the one that crosses top_p
     return order.gather(1, torch.multinomial(probs, 1, generator=generator)).squeeze(1)
 
 

@@ -234,7 +234,7 @@ def test_every_method_equals_transformers(method, head_dim, theta, scale, window
         assert (ignored / expected - 1).abs().max() > 0.5
 
 
-@pytest.mark.parametrize("head_dim, theta, scale, window", [(128, 1e4, 4.0, 2048), (64, 5e5, 2.5, 512), (8, 1e4, 8.0, 32)])
+@pytest.mark.parametrize("head_dim, theta, scale, window", [(128, 1e4, 4, 2048), (64, 5e5, 2.5, 512), (8, 1e4, 8, 32)])
 @pytest.mark.parametrize("windows", [0.25, 1, 1.5, 2, 4, 7.3])  # the length, in original windows
 def test_dynamic_equals_a_fresh_transformers_module_at_each_length(head_dim, theta, scale, window, windows):
     length = int(window * windows)

@@ -1,0 +1,596 @@
+"""model.py: transformers' logits, one truth with and without a KV cache, a loss in chunks that equals a loss in one."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import model as model_module
+from model import PRESETS, ChunkedCrossEntropy, KVCache, LLaMA, LLaMAConfig, sample
+from rope import interleaved_to_half
+
+SHAPES = {
+    "mha": dict(),
+    "gqa": dict(n_kv_head=2),
+    "mqa": dict(n_kv_head=1),
+    "tied": dict(n_kv_head=2, tie_embeddings=True),
+    "head_dim": dict(head_dim=32),  # 4 heads of 32 from 64 channels
+}
+WINDOW = 32  # the original one; sequences are three times as long
+METHODS = {
+    "none": dict(),
+    "linear": dict(rope="linear", scale=4.0),
+    "ntk": dict(rope="ntk", scale=4.0),
+    "dynamic": dict(rope="dynamic", scale=4.0),
+    "yarn": dict(rope="yarn", scale=4.0),
+    "llama3": dict(rope="llama3", scale=4.0),
+}
+
+
+def make_config(**changes):
+    small = dict(vocab_size=97, n_layer=3, n_head=4, n_embd=64, intermediate_size=96, block_size=WINDOW)
+    return LLaMAConfig(**small | changes)
+
+
+@torch.no_grad()
+def randomize(model, seed=0):
+    """Weights that keep every activation, and so the logits, of order 1, and attention far from uniform."""
+    torch.manual_seed(seed)
+    for name, weight in model.named_parameters():
+        if weight.dim() == 1:
+            weight.normal_(mean=1, std=0.2)
+        else:
+            gain = 1.5 if "q_proj" in name or "k_proj" in name else 1.0
+            weight.normal_(std=gain / math.sqrt(weight.size(1)))
+    return model.eval()
+
+
+def make(seed=0, **changes):
+    return randomize(LLaMA(make_config(**changes)), seed)
+
+
+def random_ids(*shape, seed=1, vocab_size=97):
+    return torch.randint(0, vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def transformers_and_ours(**changes):
+    """A random LlamaForCausalLM made from a LlamaConfig of its own, and ours with its weights."""
+    config = make_config(**changes)
+    method, scale, theta = config.rope, config.scale, config.rope_theta
+    parameters = {"rope_type": method, "rope_theta": theta, "factor": scale}
+    if method == "none":
+        parameters = {"rope_type": "default", "rope_theta": theta}
+    elif method == "ntk":
+        parameters = {"rope_type": "default", "rope_theta": theta * scale ** (config.head_dim / (config.head_dim - 2))}
+    elif method in ("yarn", "llama3"):
+        parameters["original_max_position_embeddings"] = WINDOW
+        if method == "llama3":
+            parameters |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    theirs = LlamaForCausalLM(LlamaConfig(
+        vocab_size=config.vocab_size, hidden_size=config.n_embd, intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.n_layer, num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head,
+        head_dim=config.head_dim, rms_norm_eps=config.norm_eps, tie_word_embeddings=config.tie_embeddings,
+        max_position_embeddings=WINDOW if method in ("none", "linear", "dynamic") else int(WINDOW * scale),
+        rope_parameters=parameters, attn_implementation="eager", bos_token_id=None, eos_token_id=None,
+    ))  # fmt: skip
+    randomize(theirs)
+    ours = LLaMA(config).eval()
+    ours.load_state_dict({name.removeprefix("model."): weight for name, weight in theirs.state_dict().items()})
+    return theirs, ours
+
+
+class Recorder(TorchDispatchMode):
+    """Sees every operator: counts them by name, keeps the largest output, and knows what memory is still held."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.largest, self.made, self.storages = {}, 0, [], []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        name = op.overloadpacket.__name__
+        self.calls[name] = self.calls.get(name, 0) + 1
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, torch.Tensor):
+                self.largest = max(self.largest, t.numel())
+                self.made.append((name, tuple(t.shape)))
+                self.storages.append((StorageWeakRef(t.untyped_storage()), t.untyped_storage().nbytes()))
+        return out
+
+    def attentions(self):
+        return sum(n for name, n in self.calls.items() if "scaled_dot" in name and "backward" not in name)
+
+    def bytes_held(self):
+        return sum({ref.cdata: size for ref, size in self.storages if not ref.expired()}.values())
+
+
+# Beside transformers
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_equal_transformers(shape):
+    theirs, ours = transformers_and_ours(**SHAPES[shape])
+    ids = random_ids(2, WINDOW)
+    expected, logits = theirs(ids).logits, ours(ids)
+    assert logits.shape == (2, WINDOW, 97) and 0.5 < expected.std() < 3  # else 1e-4 would mean little
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+    for layer in ours.layers:  # Meta's row order read as if it were ours: what a missing permutation does
+        for proj, heads in ((layer.self_attn.q_proj, 4), (layer.self_attn.k_proj, ours.config.n_kv_head)):
+            proj.weight.copy_(interleaved_to_half(proj.weight, heads))
+    assert (ours(ids) - expected).abs().max() > 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", ["mha", "gqa"])
+@pytest.mark.parametrize("method", METHODS)
+def test_logits_equal_transformers_beyond_the_original_window(method, shape):
+    theirs, ours = transformers_and_ours(**METHODS[method], **SHAPES[shape])
+    ids = random_ids(2, 100)  # new transformers modules each time: their "dynamic" remembers earlier lengths
+    expected, logits = theirs(ids).logits, ours(ids)
+    assert 0.5 < expected.std() < 3
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+    if method != "none":  # a scale that is lost, or another one, shows
+        for wrong in (dict(rope="none", scale=1.0), dict(scale=3.5)):
+            vars(ours.config).update(wrong)
+            assert (ours(ids) - expected).abs().max() > 0.02
+            vars(ours.config).update(METHODS[method])
+
+
+@pytest.mark.parametrize("method", ["none", "linear", "ntk", "yarn"])
+def test_greedy_generation_equals_transformers(method):
+    theirs, ours = transformers_and_ours(**METHODS[method], n_kv_head=2)
+    ids = random_ids(3, 20)
+    expected = theirs.generate(ids, max_new_tokens=40, do_sample=False, pad_token_id=0)
+    assert torch.equal(ours.generate(ids, 40), expected)
+
+
+# The KV cache
+
+PIECES = [
+    [60] + [1] * 12,  # prefill, then decode
+    [1] * 72,  # decode from nothing
+    [7, 30, 2, 33],  # prefill by pieces: 1 < T < S
+    [40, 1, 1, 17, 1, 12],  # and both
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["none", "linear", "dynamic", "yarn"])
+@pytest.mark.parametrize("shape", ["mha", "gqa"])
+@pytest.mark.parametrize("pieces", PIECES, ids=["decode", "single", "chunked", "mixed"])
+def test_the_cache_gives_the_logits_of_a_full_forward(pieces, shape, method):
+    model = make(**SHAPES[shape], **METHODS[method])
+    ids = random_ids(3, sum(pieces))
+    full = model(ids)
+    cache = KVCache(model.config, 3, sum(pieces), ids.device, torch.float32)
+    logits = torch.cat([model(piece, cache=cache) for piece in ids.split(pieces, dim=1)], dim=1)
+    assert cache.length == 72
+    torch.testing.assert_close(logits, full, rtol=0, atol=1e-4)  # float32 sums in another order, by three layers
+    assert torch.equal(logits.argmax(-1), full.argmax(-1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n_kv_head", [4, 2])
+def test_no_token_sees_a_later_one(n_kv_head):
+    model, ids = make(n_kv_head=n_kv_head), random_ids(2, 24)
+    changed = ids.clone()
+    changed[:, 15] = (changed[:, 15] + 1) % 97
+    cached = [KVCache(model.config, 2, 24, ids.device, torch.float32) for _ in range(2)]
+    runs = [(model(ids), model(changed))]
+    runs.append([
+        torch.cat([model(piece, cache=cache) for piece in x.split([10, 14], dim=1)], dim=1)
+        for x, cache in zip((ids, changed), cached)
+    ])  # fmt: skip
+    for before, after in runs:
+        assert torch.equal(before[:, :15], after[:, :15])
+        assert (before[:, 15:] - after[:, 15:]).abs().amax((0, 2)).min() > 1e-3  # and each from there on sees it
+
+
+@torch.no_grad()
+def test_dynamic_fixes_its_length_for_a_call():
+    """With a cache, by the length that the cache was made for: keys that are already turned stay comparable."""
+    model, ids = make(**METHODS["dynamic"]), random_ids(1, 64)
+    long = KVCache(model.config, 1, 128, ids.device, torch.float32)
+    first = model(ids, cache=long)
+    assert (first - model(ids)).abs().max() > 0.01  # by 128, not by 64
+    frequencies = model.config.rope_frequencies(128)[0]
+    model.config.rope_frequencies = lambda length, device: (frequencies, 1.0)
+    torch.testing.assert_close(first, model(ids), rtol=0, atol=2e-5)
+
+
+def test_a_full_cache_says_so():
+    model, ids = make(), random_ids(1, 10)
+    cache = KVCache(model.config, 1, 12, ids.device, torch.float32)
+    model(ids, cache=cache)
+    with pytest.raises(ValueError, match="cache holds 12 tokens, 20"):
+        model(ids, cache=cache)
+
+
+# generate and sample
+
+
+@pytest.mark.parametrize("method", ["none", "linear"])
+def test_generate_equals_greedy_without_a_cache(method):
+    model, ids = make(n_kv_head=2, **METHODS[method]), random_ids(3, 20)
+    expected = ids
+    for _ in range(40):
+        expected = torch.cat([expected, model(expected)[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(model.generate(ids, 40), expected)
+
+
+def test_generate_with_dynamic_uses_prompt_plus_new_tokens():
+    model, ids = make(**METHODS["dynamic"]), random_ids(2, 50)
+    out = model.generate(ids, 30)
+    # position by position, a full forward padded to the whole length (causal: what follows changes nothing)
+    for end in range(50, 80):
+        padded = F.pad(out[:, :end], (0, 80 - end))
+        assert torch.equal(model(padded)[:, end - 1].argmax(-1), out[:, end])
+
+
+def test_eos_ends_a_sequence_and_the_others_go_on():
+    model, ids = make(), random_ids(4, 12)
+    free = model.generate(ids, 30)[:, 12:]
+    eos = free[1, 4].item()
+    ends = [row.index(eos) if eos in row else None for row in free.tolist()]
+    assert ends[1] is not None and ends[1] <= 4 and None in ends  # one ends early, another never does
+    out = model.generate(ids, 30, eos_id=eos)[:, 12:]
+    assert out.shape == free.shape
+    for row, free_row, end in zip(out, free, ends):
+        kept = 30 if end is None else end + 1  # the EOS itself included
+        assert torch.equal(row[:kept], free_row[:kept]) and (row[kept:] == eos).all()
+
+
+def test_generation_stops_when_every_sequence_has_met_eos():
+    model = make()
+    ids = random_ids(1, 12).expand(3, -1)
+    free = model.generate(ids, 30)[0, 12:].tolist()
+    eos = free[6]
+    out = model.generate(ids, 30, eos_id=eos)
+    assert out.shape == (3, 12 + free.index(eos) + 1)
+    assert torch.equal(model.generate(ids, 0), ids)
+
+
+def test_sampling_is_reproducible_and_a_tiny_top_p_is_greedy():
+    model, ids = make(), random_ids(3, 12)
+
+    def draw(seed, **options):
+        return model.generate(ids, 25, generator=torch.Generator().manual_seed(seed), **options)
+
+    assert torch.equal(draw(5, temperature=1.0, top_p=0.9), draw(5, temperature=1.0, top_p=0.9))
+    assert not torch.equal(draw(5, temperature=1.0, top_p=0.9), draw(6, temperature=1.0, top_p=0.9))
+    greedy = model.generate(ids, 25)
+    assert torch.equal(draw(5, temperature=1.0, top_p=1e-6), greedy)
+    assert torch.equal(draw(5, temperature=1e-4), greedy)
+
+
+PROBS = torch.tensor([0.05, 0.5, 0.15, 0.3])  # by size: tokens 1, 3, 2, 0
+
+
+@pytest.mark.parametrize("top_p, kept", [(1.0, [0, 1, 2, 3]), (0.94, [1, 2, 3]), (0.81, [1, 2, 3]), (0.79, [1, 3]),
+                                         (0.51, [1, 3]), (0.49, [1]), (0.0, [1])])  # fmt: skip
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+def test_sample_draws_from_the_truncated_distribution(top_p, kept, temperature):
+    n = 20000
+    expected = PROBS ** (1 / temperature)
+    expected /= expected.sum()
+    if temperature != 1:  # the set is cut after the temperature: by the definition, in plain Python
+        kept, mass = [], 0.0
+        for token in (1, 3, 2, 0):
+            if not kept or mass < top_p:
+                kept.append(token)
+            mass += expected[token].item()
+    expected = torch.tensor([p if i in kept else 0.0 for i, p in enumerate(expected.tolist())])
+    expected /= expected.sum()
+    logits = (PROBS.log() + 3).expand(n, 4)  # a constant changes nothing
+    tokens = sample(logits, temperature, top_p, torch.Generator().manual_seed(0))
+    assert tokens.shape == (n,) and set(tokens.tolist()) == set(kept)
+    # 5 standard deviations of a frequency over 20,000 draws: at most 0.018
+    assert (tokens.bincount(minlength=4) / n - expected).abs().max() < 5 * math.sqrt(0.25 / n)
+
+
+def test_sample_greedy_and_row_by_row():
+    assert sample(torch.tensor([[0.0, 2.0, 1.0], [3.0, 2.0, 1.0]]), 0, 1.0).tolist() == [1, 0]
+    rows = torch.full((2, 50), -1e4)
+    rows[0, 7], rows[1, 31] = 0, 0  # each row has its own likely token
+    assert sample(rows, 1.0, 0.9, torch.Generator().manual_seed(0)).tolist() == [7, 31]
+
+
+# The loss in chunks
+
+
+def targets_for(ids, kind):
+    targets = ids.roll(-1, dims=1).clone()
+    if kind == "some":
+        targets[0, :5] = targets[1, 3] = targets[:, -1] = -100
+    elif kind == "none":
+        targets[:] = -100
+    return targets
+
+
+def plain_loss(model, ids, targets):
+    """Cross-entropy of all the logits at once; 0 where nothing is asked (F.cross_entropy would say nan)."""
+    total = F.cross_entropy(model(ids).flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
+    return total / max(1, (targets != -100).sum().item())
+
+
+def loss_and_grads(model, loss):
+    model.zero_grad()
+    (3 * loss).backward()  # 3: what comes from above must reach the gradients
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("asked", ["all", "some", "none"])
+@pytest.mark.parametrize("chunk", [None, 1, 7, 11, 65, 66, 1000])  # of 66 rows: 7 does not divide it, 65 leaves one
+def test_the_chunked_loss_and_its_gradients_are_the_plain_ones(monkeypatch, chunk, asked, tied):
+    model, ids = make(n_layer=1, tie_embeddings=tied), random_ids(3, 22)
+    targets = targets_for(ids, asked)
+    expected, expected_grads = loss_and_grads(model, plain_loss(model, ids, targets))
+    if chunk:
+        monkeypatch.setattr(model_module, "_chunk_size", lambda weight: chunk)
+    loss, grads = loss_and_grads(model, model(ids, targets))
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)  # a mean of 66 float32 of order 5
+    assert grads.keys() == expected_grads.keys() == dict(model.named_parameters()).keys()
+    for name, grad in grads.items():  # float32 sums of up to 97 x 66 terms; the gradients are of order 0.01 to 1
+        torch.testing.assert_close(grad, expected_grads[name], rtol=1e-4, atol=1e-6, msg=lambda m: f"{name}: {m}")
+    largest = max(grad.abs().max() for grad in grads.values())
+    assert largest == 0 if asked == "none" else largest > 0.05
+
+
+def test_the_chunked_loss_in_float64_passes_gradcheck(monkeypatch):
+    """Finite differences know nothing of how the gradient was made."""
+    monkeypatch.setattr(model_module, "_chunk_size", lambda weight: 3)
+    torch.manual_seed(0)
+    hidden = torch.randn(7, 4, requires_grad=True)
+    weight = torch.randn(5, 4, requires_grad=True)
+    targets = torch.tensor([0, 4, -100, 2, 2, -100, 1])
+    (ChunkedCrossEntropy.apply(hidden, weight, targets)).backward()
+    for x in (hidden, weight):
+        flat = x.detach().double().flatten()
+        for i in range(flat.numel()):
+            ends = []
+            for step in (1e-4, -1e-4):
+                moved = flat.clone()
+                moved[i] += step
+                h, w = (moved.view_as(x) if x is y else y.detach().double() for y in (hidden, weight))
+                ends.append(F.cross_entropy(h @ w.T, targets, ignore_index=-100, reduction="sum").item())
+            # float64 differences are right to 1e-8, our float32 gradients to some 1e-6
+            assert x.grad.flatten()[i].item() == pytest.approx((ends[0] - ends[1]) / 2e-4, abs=5e-6)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_chunked_loss_under_autocast(monkeypatch, tied):
+    model, ids = make(n_layer=1, tie_embeddings=tied), random_ids(3, 22)
+    targets = targets_for(ids, "some")
+    exact, exact_grads = loss_and_grads(model, plain_loss(model, ids, targets))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, expected_grads = loss_and_grads(model, plain_loss(model, ids, targets))
+        monkeypatch.setattr(model_module, "_chunk_size", lambda weight: 7)
+        loss, grads = loss_and_grads(model, model(ids, targets))
+    assert loss.dtype == torch.float32 and abs(loss - expected) < 1e-3  # the same bf16 logits, summed in float32
+    assert grads.keys() == exact_grads.keys()
+    for name, grad in grads.items():
+        assert grad.dtype == torch.float32
+        # bf16 keeps 8 bits: both are off by some 1% of the exact one, and ours by no more than twice PyTorch's own
+        exact_grad = exact_grads[name]
+        theirs, ours = ((g[name] - exact_grad).norm() / exact_grad.norm() for g in (expected_grads, grads))
+        assert ours < max(2 * theirs, 0.02), (name, ours, theirs)
+
+
+@pytest.mark.parametrize("frozen", ["head", "all but the head", "all"])
+def test_the_chunked_loss_with_parts_frozen(monkeypatch, frozen):
+    monkeypatch.setattr(model_module, "_chunk_size", lambda weight: 7)
+    model, ids = make(n_layer=1), random_ids(3, 22)
+    _, expected = loss_and_grads(model, plain_loss(model, ids, ids))
+    for name, p in model.named_parameters():
+        p.requires_grad = frozen != "all" and (name == "lm_head.weight") == (frozen == "all but the head")
+    loss = model(ids, ids)
+    if frozen == "all":
+        assert not loss.requires_grad
+        return
+    _, grads = loss_and_grads(model, loss)
+    assert set(grads) == {name for name in expected if (name == "lm_head.weight") == (frozen == "all but the head")}
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_bfloat16_model_has_bfloat16_gradients_and_a_float32_loss():
+    model, ids = make(n_layer=1).bfloat16(), random_ids(3, 22)
+    loss = model(ids, ids)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert {p.grad.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert abs(loss.item() - plain_loss(model, ids, ids).item()) < 1e-3
+
+
+def test_the_loss_never_holds_all_the_logits():
+    T, V = 2048, 32000
+    model = make(vocab_size=V, n_layer=1, n_head=1, n_embd=8, intermediate_size=8)
+    ids = random_ids(1, T, vocab_size=V)
+    saved = []
+    with Recorder() as recorder, torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        model(ids, ids).backward()
+    assert recorder.largest <= 2**24 < T * V / 3  # 64 MiB of the 250 that plain cross-entropy makes several times over
+    assert max(t.numel() for t in saved) == V * 8  # and between forward and backward nothing larger than the head
+    with Recorder() as recorder:  # the recorder does see plain cross-entropy's
+        plain_loss(model, ids[:, :64], ids[:, :64])
+    assert recorder.largest == 64 * V
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("asked", ["all", "some", "none"])
+@pytest.mark.parametrize("chunk", [None, 1, 7])
+def test_nll_is_per_token_and_makes_only_the_logits_that_are_scored(monkeypatch, chunk, asked):
+    model, ids = make(n_kv_head=2), random_ids(3, 22)
+    targets = targets_for(ids, asked)
+    scored = targets != -100
+    expected = -model(ids).log_softmax(-1).gather(2, targets.clamp(min=0)[..., None])[..., 0]
+    if chunk:
+        monkeypatch.setattr(model_module, "_chunk_size", lambda weight: chunk)
+    with Recorder() as recorder:
+        nll = model.nll(ids, targets)
+    assert nll.shape == ids.shape and nll.dtype == torch.float32
+    assert (nll[~scored] == 0).all()
+    torch.testing.assert_close(nll[scored], expected[scored], rtol=1e-5, atol=1e-5)
+    rows = sum(shape[0] for name, shape in recorder.made if name == "mm" and shape[-1] == 97)
+    assert rows == scored.sum()
+
+
+# Activation checkpointing
+
+
+def train_step(model, ids):
+    """Loss, gradients, bytes held between forward and backward, and how often attention was computed."""
+    model.zero_grad()
+    with Recorder() as recorder:
+        loss = model(ids, ids)
+        held = recorder.bytes_held()
+        loss.backward()
+    return loss.detach(), [p.grad.clone() for p in model.parameters()], held, recorder.attentions()
+
+
+@pytest.mark.parametrize("shape", ["mha", "gqa"])
+def test_activation_checkpointing_changes_memory_and_nothing_else(shape):
+    model, ids = make(**SHAPES[shape]), random_ids(2, 64)
+    runs = {}
+    for kind in ("none", "full", "selective"):
+        model.checkpoint_activations = kind
+        runs[kind] = train_step(model, ids)
+    for kind in ("full", "selective"):
+        assert torch.equal(runs[kind][0], runs["none"][0])
+        assert all(map(torch.equal, runs[kind][1], runs["none"][1]))  # bit for bit: the same operators, in order
+    held = {kind: run[2] for kind, run in runs.items()}
+    assert held["full"] < held["selective"] < held["none"]
+    assert held["full"] < held["none"] / 3
+    attentions = {kind: run[3] for kind, run in runs.items()}
+    assert attentions == {"none": 3, "full": 6, "selective": 3}  # of 3 layers: "full" makes each again
+
+
+# Initial weights, presets, config
+
+
+def test_blocks_start_as_the_identity():
+    torch.manual_seed(0)
+    for tied in (False, True):
+        model, ids = LLaMA(make_config(tie_embeddings=tied)), random_ids(2, 16)
+        assert torch.equal(model.hidden(ids), model.norm(model.embed_tokens(ids)))
+        # so an untied head, at zero, guesses uniformly, and a tied one nearly so
+        assert model(ids, ids.roll(-1, 1)).item() == pytest.approx(math.log(97), abs=0.3 if tied else 1e-5)
+        model(ids, ids.roll(-1, 1)).backward()
+        moving = [name for name, p in model.named_parameters() if p.grad.abs().max() > 0]
+        assert "lm_head.weight" in moving or tied and "layers.0.mlp.down_proj.weight" in moving  # it can leave zero
+
+
+def test_initial_weights_come_from_torchs_seed():
+    def weights(seed):
+        torch.manual_seed(seed)
+        return torch.cat([p.flatten() for p in LLaMA(make_config()).parameters()])
+
+    assert torch.equal(weights(1), weights(1)) and not torch.equal(weights(1), weights(2))
+
+
+PUBLISHED = {  # parameters, in billions: the LLaMA, Llama 2 and Llama 3 papers' and SmolLM2's model cards
+    "llama-7b": 6.74, "llama-13b": 13.0, "llama-33b": 32.5, "llama-65b": 65.2, "llama2-7b": 6.74, "llama2-13b": 13.0,
+    "llama2-70b": 69.0, "llama3-8b": 8.03, "llama3-70b": 70.6, "smollm2-135m": 0.1345,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_their_published_size(name):
+    config = LLaMAConfig.preset(name)
+    with torch.device("meta"):
+        model = LLaMA(config)
+    assert config.n_params == sum(p.numel() for p in model.parameters())
+    if name in PUBLISHED:
+        assert config.n_params == pytest.approx(1e9 * PUBLISHED[name], rel=0.005)  # they give three digits
+    assert config.head_dim * config.n_head == config.n_embd and config.original_window == config.block_size
+
+
+def test_every_published_preset_is_there_and_can_be_changed():
+    assert set(PUBLISHED) == set(PRESETS) - {"tiny"}
+    config = LLaMAConfig.preset("llama-7b", rope="linear", scale=16, block_size=32768)
+    assert (config.scale, config.block_size, config.original_window) == (16, 32768, 2048)
+    assert LLaMAConfig.preset("llama-7b").scale == 1  # the preset itself is untouched
+    config = LLaMAConfig.preset("tiny", n_head=8)
+    assert (config.n_kv_head, config.head_dim) == (8, 16)  # what is derived follows
+
+
+BAD = [
+    *((dict([(name, 0)]), name) for name in ("vocab_size", "n_layer", "n_embd", "intermediate_size", "block_size")),
+    (dict(n_head=0), "n_head"),
+    (dict(n_head=-4), "n_head"),
+    (dict(n_kv_head=-1), "n_kv_head"),
+    (dict(n_kv_head=3), "n_kv_head 3"),  # does not divide 4 heads
+    (dict(n_kv_head=8), "n_kv_head 8"),
+    (dict(n_embd=66), "n_embd 66.*head_dim"),
+    (dict(head_dim=15), "head_dim.*15"),
+    (dict(head_dim=-2), "head_dim"),
+    (dict(n_embd=60), "head_dim.*15"),  # 4 heads of 15: odd
+    (dict(rope="alibi"), "alibi"),
+    (dict(rope="linear", scale=0.5), "scale"),
+    (dict(scale=math.nan), "scale"),
+    (dict(rope_theta=0.0), "rope_theta"),
+    (dict(original_window=-1), "original_window"),
+    (dict(norm_eps=0.0), "norm_eps"),
+    (dict(norm_eps=math.nan), "norm_eps"),
+    (dict(rope="yarn", rope_extra=dict(beta_fast=-1.0)), "beta_fast"),
+]
+
+
+@pytest.mark.parametrize("changes, named", BAD)
+def test_bad_config_values_are_named(changes, named):
+    with pytest.raises(ValueError, match=named):
+        make_config(**changes)
+
+
+def test_an_unknown_preset_is_named():
+    with pytest.raises(ValueError, match="llama-8b.*llama-7b"):
+        LLaMAConfig.preset("llama-8b")
+
+
+# Angles
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_angles_of_a_bfloat16_model_are_float32s(dtype, method):
+    """What attention is given for the 32,768th token of a cache, beside float64."""
+    last = 32767
+    config = make_config(n_layer=1, n_head=1, n_embd=64, block_size=2048, **METHODS[method])
+    model = randomize(LLaMA(config)).to(dtype)
+    cache = KVCache(config, 1, last + 1, torch.device("cpu"), dtype)
+    cache.k.zero_(), cache.v.zero_()
+    cache.length = last
+    seen = []
+    model.layers[0].self_attn.register_forward_pre_hook(lambda module, args: seen.extend(args[1:3]))
+    model(torch.tensor([[5]]), cache=cache)
+    cos, sin = seen
+    inv_freq, factor = config.rope_frequencies(last + 1)  # right to 1e-6: tests/test_rope.py
+    angle = last * inv_freq.double()
+    assert cos.dtype == sin.dtype == torch.float32 and cos.shape == (1, 32)
+    # float32 products below 32,768 are off by up to 2^-10
+    torch.testing.assert_close(cos[0].double() / factor, angle.cos(), rtol=0, atol=1e-3)
+    torch.testing.assert_close(sin[0].double() / factor, angle.sin(), rtol=0, atol=1e-3)
+    rounded = last * inv_freq.to(torch.bfloat16).double()
+    assert (rounded.cos() - angle.cos()).abs().max() > 0.1  # as a buffer gone through `.to(bfloat16)` would be
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_built_without_memory_has_the_right_angles(tied, method):
+    usual = make(tie_embeddings=tied, **METHODS[method])
+    with torch.device("meta"):
+        built = LLaMA(make_config(tie_embeddings=tied, **METHODS[method]))
+    assert all(p.is_meta for p in built.parameters())
+    built.to_empty(device="cpu")
+    built.load_state_dict(usual.state_dict())
+    ids = random_ids(2, 100)
+    assert torch.equal(built(ids), usual(ids))
+    assert not list(built.buffers()) and not [name for name in built.state_dict() if "rope" in name or "freq" in name]

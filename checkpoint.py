@@ -14,12 +14,12 @@ a checkpoint (`extend`), tensors in (`load`), tensors out (`save`), and what all
 
 import argparse
 import json
+import math
 import os
-import pickle
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from model import LLaMA, LLaMAConfig
 
 OUR_KEY = "position_interpolation"  # in config.json, ignored by others: method, scale, original window and theta
+INDEX = "model.safetensors.index.json"
 EXTRAS = {"yarn": ("beta_fast", "beta_slow", "attention_factor"), "llama3": ("low_freq_factor", "high_freq_factor")}
 
 # ---- config.json in ------------------------------------------------------------------------------------------
@@ -52,23 +53,30 @@ def parse_config(raw: dict, original_window: int | None = None) -> tuple[LLaMACo
 
     max_position_embeddings M means different things beside `linear` and `dynamic`: the original window in Vicuna
     and LongChat (engines multiply it by the factor), the extended one in LLaMA-2-7B-32K and NeMo's exports. In
-    order of trust: original_window; our own key; max_sequence_length; original_max_position_embeddings; else M is
-    the original, unless it is above 8,192: no LLaMA was pre-trained further without a method of its own.
-    ValueError for what is not a LLaMA or contradicts itself.
+    order of trust: original_window; our own key; original_max_position_embeddings; max_sequence_length; else M is
+    the original, unless no LLaMA was pre-trained at such a window without a method of its own: more than 8,192, or
+    more than 4,096 with the theta of Llama 1 and 2. For yarn and llama3 without the original, M is it, as in
+    transformers. ValueError for what is not a LLaMA or contradicts itself.
     """
     if (family := raw.get("model_type", "llama")) != "llama":
         raise ValueError(f"config.json: model_type is {family!r}, only 'llama' is known here")
-    for key, want in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
-        if raw.get(key, want) != want:
+    for key, want in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False), ("partial_rotary_factor", 1.0)):
+        if (raw.get(key) or want) != want:
             raise ValueError(f"config.json: {key} is {raw[key]!r}, a LLaMA has {want!r}")
+    if raw.get("quantization_config"):
+        raise ValueError("config.json: quantization_config: quantized weights are not read here, take the checkpoint as it was before")
     ours = dict(
         vocab_size="vocab_size", n_layer="num_hidden_layers", n_head="num_attention_heads", n_embd="hidden_size",
         intermediate_size="intermediate_size", block_size="max_position_embeddings",
     )  # fmt: skip
-    for key in ours.values():
-        if not isinstance(raw.get(key), int):
+    optional = ("num_key_value_heads", "head_dim", "bos_token_id", "max_sequence_length", "original_max_position_embeddings")
+    for key in (*ours.values(), *optional):
+        if type(raw.get(key)) is not int and not (key in optional and raw.get(key) is None):
             raise ValueError(f"config.json: {key} should be a whole number, found {raw.get(key)!r}")
     # older configs say rope_theta and rope_scaling, newer ones rope_parameters for both
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(raw.get(key) or {}, dict):
+            raise ValueError(f"config.json: {key} should be a JSON object or null, found {raw[key]!r}")
     rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
     method = rope.get("rope_type", rope.get("type", "default"))
     method = "none" if method == "default" else method
@@ -77,33 +85,46 @@ def parse_config(raw: dict, original_window: int | None = None) -> tuple[LLaMACo
     known = {"rope_type", "type", "factor", "rope_theta", "original_max_position_embeddings", "finetuned"}
     if unknown := set(rope) - known - set(EXTRAS.get(method, ())):
         raise ValueError(f"config.json: rope_scaling has keys that {method!r} doesn't know: {', '.join(sorted(unknown))}")
-    scale = rope.get("factor", 1.0)
-    if method != "none" and not isinstance(scale, (int, float)):
-        raise ValueError(f"config.json: rope_scaling of type {method!r} needs a factor, found {scale!r}")
+    scale = rope.get("factor", None if method != "none" else 1.0)
+    numbers = {"factor": scale, "rope_theta": rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
+               "rms_norm_eps": raw.get("rms_norm_eps", 1e-6)}  # fmt: skip
+    for key, value in (numbers | {key: rope[key] for key in EXTRAS.get(method, ()) if rope.get(key) is not None}).items():
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError(f"config.json: {key} should be a finite number, found {value!r}")
     eos = raw.get("eos_token_id")
+    if not all(type(i) is int for i in (eos if isinstance(eos, list) else [eos]) if i is not None):
+        raise ValueError(f"config.json: eos_token_id should be a token id or a list of them, found {eos!r}")
     config = LLaMAConfig(
         **{name: raw[key] for name, key in ours.items()},
         n_kv_head=raw.get("num_key_value_heads") or 0,
         head_dim=raw.get("head_dim") or 0,
-        norm_eps=raw.get("rms_norm_eps", 1e-6),
-        tie_embeddings=raw.get("tie_word_embeddings", False),
-        rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
+        norm_eps=numbers["rms_norm_eps"],
+        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        rope_theta=float(numbers["rope_theta"]),
         bos_id=raw.get("bos_token_id"),
         eos_id=tuple(eos) if isinstance(eos, list) else eos,
         rope_extra={key: rope[key] for key in EXTRAS.get(method, ()) if rope.get(key) is not None},
     )
-    inside, longest, window = rope.get("original_max_position_embeddings"), raw.get("max_sequence_length"), config.block_size
+    if original_window is not None and original_window < 1:
+        raise ValueError(f"--original_window must be a positive number of tokens, got {original_window}")
+    inside = rope.get("original_max_position_embeddings", raw.get("original_max_position_embeddings"))
+    if inside is not None and (type(inside) is not int or inside < 1):
+        raise ValueError(f"config.json: original_max_position_embeddings should be a positive whole number, found {inside!r}")
+    longest, window = raw.get("max_sequence_length"), config.block_size
     if OUR_KEY in raw:
-        return _recorded(config, raw[OUR_KEY], method, scale, window, original_window), ""
+        return _recorded(config, raw[OUR_KEY], (method, float(scale), window, longest), original_window), ""
     note = ""
     if method == "none":  # a window that was extended by direct fine-tuning looks like any other: only the flag can tell
         original = original_window or window
+        if original > window:
+            raise ValueError(f"--original_window {original} is above the checkpoint's window {window}: leave the flag out")
         scale = window / original
     elif method in ("linear", "dynamic"):
         original = original_window or inside
         if original is None:
             original = window
-            if longest == window and scale > 1 or longest is None and window > 8192:
+            trained = 4096 if config.rope_theta == 10000.0 else 8192
+            if longest == window and scale > 1 or longest is None and window > trained:
                 original = round(window / scale)
             if longest not in (window, round(window * scale)):
                 note = (
@@ -115,34 +136,36 @@ def parse_config(raw: dict, original_window: int | None = None) -> tuple[LLaMACo
     else:
         original = original_window or inside
         if original is None:
-            original = round(window / scale)
-            note = f"rope {method!r} without original_max_position_embeddings: {window} / {scale:g} = {original} is assumed"
+            original = window
+            note = (
+                f"rope {method!r} without original_max_position_embeddings: max_position_embeddings {window} is taken for the "
+                "original window, as transformers does; --original_window N settles it"
+            )
         window = window if window > original else round(original * scale)
     return replace(config, rope=method, scale=float(scale), original_window=original, block_size=window), note
 
 
-def _recorded(config: LLaMAConfig, own: dict, method: str, scale: float, window: int, asked: int | None) -> LLaMAConfig:
-    """The config by our own key, which must agree with the keys that others read."""
+def _recorded(config: LLaMAConfig, own: dict, found: tuple, asked: int | None) -> LLaMAConfig:
+    """The config by our own key, which must agree with the keys that others read; found: what they say."""
     try:
-        rope, own_scale = own["method"], float(own["scale"])
-        original, theta = int(own["original_window"]), float(own["original_theta"])
         ours = replace(
-            config, rope=rope, scale=own_scale, original_window=original, rope_theta=theta, block_size=int(own["window"])
-        )
+            config, rope=own["method"], scale=float(own["scale"]), original_window=int(own["original_window"]),
+            rope_theta=float(own["original_theta"]), block_size=int(own["window"]),
+        )  # fmt: skip
     except (KeyError, TypeError) as error:
         raise ValueError(f"config.json: {OUR_KEY} is incomplete ({error!r}): remove it to read the other keys alone") from None
     mine = hf_config(ours)
-    found = (method, float(scale) if method != "none" else 1.0, window)
-    wrote = ((mine["rope_scaling"] or {}).get("rope_type", "none"), (mine["rope_scaling"] or {}).get("factor", 1.0),
-             mine["max_position_embeddings"])  # fmt: skip
+    scaling = mine["rope_scaling"] or {"rope_type": "none", "factor": 1.0}
+    wrote = (scaling["rope_type"], scaling["factor"], mine["max_position_embeddings"], mine.get("max_sequence_length"))
     if found != wrote or abs(mine["rope_theta"] / config.rope_theta - 1) > 1e-6:
         raise ValueError(
-            f"config.json contradicts itself: {OUR_KEY} says rope {rope!r}, scale {own_scale:g}, window {ours.block_size}, which "
-            f"makes (type, factor, max_position_embeddings, theta) {(*wrote, mine['rope_theta'])}, "
-            f"found {(*found, config.rope_theta)}: remove the one that is wrong"
+            f"config.json contradicts itself: by {OUR_KEY} (rope type, factor, max_position_embeddings, max_sequence_length, "
+            f"rope_theta) are {(*wrote, mine['rope_theta'])}, found {(*found, config.rope_theta)}: remove what is wrong"
         )
-    if asked not in (None, original):
-        raise ValueError(f"--original_window {asked} contradicts the checkpoint, which records {original}: leave the flag out")
+    if asked not in (None, ours.original_window):
+        raise ValueError(
+            f"--original_window {asked} contradicts the checkpoint, which records {ours.original_window}: leave the flag out"
+        )
     return ours
 
 
@@ -157,7 +180,7 @@ def hf_config(config: LLaMAConfig, dtype: torch.dtype = torch.float32) -> dict:
     """
     theta, method, multiplied = config.rope_theta, config.rope, config.rope in ("linear", "dynamic")
     if method == "ntk":
-        theta *= config.scale ** (config.head_dim / (config.head_dim - 2))
+        theta *= config.scale ** (config.head_dim / (config.head_dim - 2) if config.head_dim > 2 else 1)
     rope_scaling = None
     if method not in ("none", "ntk"):
         rope_scaling = {"rope_type": method, "type": method, "factor": config.scale}
@@ -223,8 +246,9 @@ def extend(config: LLaMAConfig, scale: float | None = None, rope: str | None = N
             raise ValueError(f"--scale {scale:g}: {is_now}: scales count from there; give a larger one, or --rope and --original_window")
     if rope == config.rope and scale == config.scale:
         return config  # as it is: a window that is no product of the two (Llama 3.1's) stays
-    if rope in ("none", "linear", "ntk") or rope != config.rope:
-        config = replace(config, rope_extra={})
+    # what a method was tuned with holds for another scale too, but for a factor on cos and sin, which follows from the scale
+    extra = config.rope_extra if rope == config.rope else {}
+    config = replace(config, rope_extra={key: value for key, value in extra.items() if key != "attention_factor"})
     new = replace(config, rope=rope, scale=float(scale))  # checks both before the window is computed from them
     return replace(new, block_size=max(1, round(config.original_window * scale)))
 
@@ -261,8 +285,10 @@ def _open_pickle(path: Path) -> dict[str, Stored]:
     """A .bin or .pth of tensors, memory-mapped; a pickle that would run code is refused by weights_only."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle can end in any of them
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is not a whole file of tensors alone, which is all that is opened here ({reason})") from None
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ValueError(f"{path} holds something else than a dictionary of tensors")
@@ -303,8 +329,10 @@ def _check(config: LLaMAConfig, expected: dict[str, tuple[int, ...]], found: dic
         raise ValueError(f"{folder}: the tensor {extra[0]} is not one of this LLaMA's ({len(extra)} such): config.json doesn't fit")
 
 
-def read_config(path: str | Path, original_window: int | None = None) -> LLaMAConfig:
-    """The config of a checkpoint folder; what had to be assumed goes to standard error."""
+def read_config(
+    path: str | Path, original_window: int | None = None, *, scale: float | None = None, rope: str | None = None
+) -> LLaMAConfig:
+    """The config of a checkpoint, extended as `extend` says; what had to be assumed goes to standard error."""
     folder = Path(path)
     if not (folder / "config.json").is_file():
         what = "has no config.json" if folder.is_dir() else "is not a folder"
@@ -312,7 +340,10 @@ def read_config(path: str | Path, original_window: int | None = None) -> LLaMACo
     config, note = parse_config(read_json(folder / "config.json"), original_window)
     if note:
         print(f"{folder}: {note}", file=sys.stderr)
-    return config
+    extended = extend(config, scale, rope, insist=rope is not None and original_window is not None)
+    if note and extended != config and config.rope not in ("none", "linear"):
+        raise ValueError(f"{folder}: to extend it, its original window must be known: give --original_window ({note})")
+    return extended
 
 
 def load(
@@ -329,8 +360,7 @@ def load(
     scale and rope extend it as `extend` says. ValueError, with one line, for whatever is wrong with the folder.
     """
     folder = Path(path)
-    config = read_config(folder, original_window)
-    config = extend(config, scale, rope, insist=rope is not None and original_window is not None)
+    config = read_config(folder, original_window, scale=scale, rope=rope)
     found = stored_tensors(folder)
     with torch.device("meta"):  # shapes alone: no memory, no time spent on random weights
         model = LLaMA(config)
@@ -343,8 +373,8 @@ def load(
             tensor = found[name][1]()
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(f"{folder}: the tensor {name} can't be read ({error}): download its file again") from None
-        if not tensor.is_floating_point():
-            raise ValueError(f"{folder}: the tensor {name} is {tensor.dtype}; quantized weights are not read here")
+        if not tensor.is_floating_point() or tensor.itemsize < 2:
+            raise ValueError(f"{folder}: the tensor {name} is {tensor.dtype}: only weights in floating point are read here")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device, dtype or tensor.dtype)))
     if config.tie_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
@@ -363,6 +393,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:  # a full disk doesn't say where it is full
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -370,17 +402,21 @@ def replacing(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def dump_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
 def write_json(path: str | Path, value: object) -> None:
     """value as an indented JSON file, whole or not at all."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        dump_json(temporary, value)
 
 
 def save(model: LLaMA, path: str | Path, tokenizer=None, *, dtype: torch.dtype | None = None, max_shard_size: float = 5e9) -> None:
     """Write model (and tokenizer, anything with .save(folder)) as a Hugging Face folder.
 
     dtype: None keeps each tensor's. max_shard_size: bytes a file; a larger model is sharded with an index.
-    Each file appears whole or not at all. OSError if the disk doesn't take it.
+    The folder changes only once all of it is on disk. OSError if the disk doesn't take it.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -396,21 +432,25 @@ def save(model: LLaMA, path: str | Path, tokenizer=None, *, dtype: torch.dtype |
     files = ["model.safetensors"]
     if len(shards) > 1:
         files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for file, names in zip(files, shards):
-        with replacing(folder / file) as temporary:
+    stored = dtype or next(iter(weights.values())).dtype
+    # every file is written under its temporary name before the first takes its own: a full disk leaves what was there,
+    # and never a mixture of old and new shards
+    with ExitStack() as stack:
+        for file, names in zip(files, shards):
+            temporary = stack.enter_context(replacing(folder / file))
             try:
                 save_file({n: weights[n].to("cpu", dtype).contiguous() for n in names}, temporary, {"format": "pt"})
             except SafetensorError as error:
-                raise OSError(f"{folder / file} can't be written: {error}") from None
-    if len(shards) > 1:
-        weight_map = {name: file for file, names in zip(files, shards) for name in names}
-        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
-    stored = dtype or next(iter(weights.values())).dtype
-    write_json(folder / "config.json", hf_config(model.config, stored))
-    if tokenizer is not None:
-        tokenizer.save(folder)
+                raise OSError(None, str(error), str(folder / file)) from None
+        if len(shards) > 1:
+            weight_map = {name: file for file, names in zip(files, shards) for name in names}
+            index = {"metadata": {"total_size": int(sum(sizes))}, "weight_map": weight_map}
+            dump_json(stack.enter_context(replacing(folder / INDEX)), index)
+        dump_json(stack.enter_context(replacing(folder / "config.json")), hf_config(model.config, stored))
+        if tokenizer is not None:
+            tokenizer.save(folder)
     # weights that an earlier save left in another number of files would be read in place of these
-    keep = {*files, "model.safetensors.index.json" if len(shards) > 1 else ""}
+    keep = {*files, INDEX if len(shards) > 1 else ""}
     for stale in (*folder.glob("model*.safetensors*"), *folder.glob("pytorch_model*.bin*")):
         if stale.name not in keep:
             stale.unlink()

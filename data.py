@@ -16,12 +16,13 @@ import hashlib
 import json
 import os
 import re
-import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from tqdm import tqdm
 # ---------------------------------------------------------------- tokenizers
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Tokenizer:
     """What every tokenizer here can do, whichever library does it.
 
@@ -45,7 +46,7 @@ class Tokenizer:
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
-    files: dict[str, bytes] = field(repr=False)  # what `save` writes, by name; the first defines the tokenizer
+    files: dict[str, bytes]  # what `save` writes, by name; the first one defines the tokenizer
 
     @property
     def fingerprint(self) -> str:
@@ -54,35 +55,26 @@ class Tokenizer:
         return hashlib.sha256(content + f"{self.bos_id} {self.eos_id}".encode()).hexdigest()[:16]
 
     def save(self, folder: str | Path) -> None:
-        """Write the tokenizer's files into folder, so that it opens there again, here and in transformers."""
+        """Write the tokenizer's files into folder, which then opens here and in transformers."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
             with _atomic(Path(folder) / name) as file:
                 file.write(content)
 
 
-class _atomic:
-    """`with _atomic(path) as file`: a binary file under a temporary name, that gets its own only when all went well."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.temporary = path, path.with_name(f"{path.name}.{os.getpid()}.tmp")
-
-    def __enter__(self):
-        self.file = open(self.temporary, "w+b")
-        return self.file
-
-    def __exit__(self, kind, error, traceback) -> None:
-        try:
-            self.file.close()
-            if kind is None:
-                os.replace(self.temporary, self.path)
-        except OSError as late:  # the last bytes are written on closing
-            kind, error = OSError, late
-        if kind is not None:
-            self.temporary.unlink(missing_ok=True)
-            if isinstance(error, OSError) and not error.filename:  # a full disk doesn't say where it is full
-                raise OSError(error.errno, error.strerror or str(error), str(self.path)) from None
-            raise error
+@contextmanager
+def _atomic(path: Path) -> Iterator[BinaryIO]:
+    """A binary file under a temporary name, which becomes path if all goes well and is gone if not."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+        os.replace(temporary, path)
+    except OSError as error:  # a full disk doesn't say which file it was
+        raise error if error.filename else OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
 
 
 _COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
@@ -96,30 +88,40 @@ def load_tokenizer(folder: str | Path, bos_id: int | None = None, eos_id: int | 
     Raises ValueError where there is no tokenizer, or none that can be read.
     """
     folder = Path(folder)
-    main = next((folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()), None)
+    main = next((name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()), None)
     if main is None:
         raise ValueError(f"{folder} holds no tokenizer: put its tokenizer.json or tokenizer.model there")
-    files = {main.name: main.read_bytes()}
-    files |= {name: (folder / name).read_bytes() for name in _COMPANIONS if (folder / name).is_file()}
-    content = files[main.name]
+    files = {name: (folder / name).read_bytes() for name in (main, *_COMPANIONS) if (folder / name).is_file()}
+    read = _from_json if main == "tokenizer.json" else _from_sentencepiece
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", files[main]):
+        read = _from_ranks
     try:
-        if main.name == "tokenizer.json":
-            return _from_json(files, bos_id, eos_id)
-        if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", content):
-            return _from_ranks(files, bos_id, eos_id)
-        return _from_sentencepiece(files, bos_id, eos_id)
-    except Exception as error:  # each library has its own errors, one of them of type Exception
+        if not files[main]:
+            raise ValueError("it is empty")
+        tokenizer = read(files, bos_id, eos_id)
+    except Exception as error:  # each library has errors of its own, and one raises plain Exceptions
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{main} can't be read as a tokenizer ({reason}): fetch it again") from None
+        raise ValueError(f"{folder / main} can't be read as a tokenizer: {reason}") from None
+    for name, i in (("BOS", tokenizer.bos_id), ("EOS", tokenizer.eos_id)):
+        if i is not None and not 0 <= i < tokenizer.vocab_size:
+            raise ValueError(f"{folder / main} has {tokenizer.vocab_size} tokens, but {name} is {i}: it is another model's")
+    return tokenizer
 
 
-def _special_names(files: dict[str, bytes], kind: str) -> Iterator[str]:
-    """What may be the BOS or EOS token (kind "bos" or "eos"), likeliest first."""
+def _special(files: dict[str, bytes], kind: str, id_of: Callable[[str], int | None]) -> int | None:
+    """The id of the "bos" or "eos" token that the files name; they may not, so the usual names follow."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         token = json.loads(files.get(name, b"{}")).get(f"{kind}_token")
         if token is not None:
-            yield token["content"] if isinstance(token, dict) else token
-    yield from {"bos": ("<s>", "<|begin_of_text|>"), "eos": ("</s>", "<|end_of_text|>", "<|endoftext|>")}[kind]
+            return id_of(token["content"] if isinstance(token, dict) else token)
+    usual = {"bos": ("<s>", "<|begin_of_text|>"), "eos": ("</s>", "<|end_of_text|>", "<|endoftext|>")}[kind]
+    return next((i for i in map(id_of, usual) if i is not None), None)
+
+
+def _with_config(files: dict[str, bytes], kind: str, bos: str | None, eos: str | None) -> dict[str, bytes]:
+    """The files, with the tokenizer_config.json that transformers wants beside them."""
+    config = {"tokenizer_class": kind, "bos_token": bos, "eos_token": eos, "clean_up_tokenization_spaces": False}
+    return files | {"tokenizer_config.json": files.get("tokenizer_config.json", json.dumps(config, indent=2).encode())}
 
 
 def _from_json(files: dict[str, bytes], bos_id: int | None, eos_id: int | None) -> Tokenizer:
@@ -128,22 +130,16 @@ def _from_json(files: dict[str, bytes], bos_id: int | None, eos_id: int | None) 
 
     tok = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
     tok.encode_special_tokens = True  # or "<s>" within a text would become BOS
-    tok.no_truncation(), tok.no_padding()  # a file may ask for them; text is taken whole
-
-    def find(kind: str) -> int | None:
-        return next((i for i in map(tok.token_to_id, _special_names(files, kind)) if i is not None), None)
-
-    bos_id, eos_id = find("bos") if bos_id is None else bos_id, find("eos") if eos_id is None else eos_id
-    if "tokenizer_config.json" not in files:  # transformers wants it beside tokenizer.json
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        config |= {name: tok.id_to_token(i) for name, i in (("bos_token", bos_id), ("eos_token", eos_id)) if i is not None}
-        files = files | {"tokenizer_config.json": json.dumps(config, indent=2).encode()}
+    tok.no_truncation(), tok.no_padding()  # a file may ask for them; here a text is taken whole
+    bos_id = _special(files, "bos", tok.token_to_id) if bos_id is None else bos_id
+    eos_id = _special(files, "eos", tok.token_to_id) if eos_id is None else eos_id
+    names = (None if i is None else tok.id_to_token(i) for i in (bos_id, eos_id))
     return Tokenizer(
         encode=lambda text: tok.encode(text, add_special_tokens=False).ids,
         encode_batch=lambda texts: [e.ids for e in tok.encode_batch_fast(texts, add_special_tokens=False)],
         decode=lambda ids: tok.decode(list(map(int, ids))),
-        vocab_size=max(tok.get_vocab().values()) + 1,  # ids may have holes
-        bos_id=bos_id, eos_id=eos_id, files=files,
+        vocab_size=max(tok.get_vocab().values()) + 1,  # the ids may have holes
+        bos_id=bos_id, eos_id=eos_id, files=_with_config(files, "PreTrainedTokenizerFast", *names),
     )  # fmt: skip
 
 
@@ -152,19 +148,21 @@ def _from_sentencepiece(files: dict[str, bytes], bos_id: int | None, eos_id: int
     import sentencepiece
 
     sp = sentencepiece.SentencePieceProcessor(model_proto=files["tokenizer.model"])
-    size = sp.vocab_size()
+    added = json.loads(files.get("added_tokens.json", b"{}")).values()  # never in a text, but a model may give them
+    size, own = sp.vocab_size(), [i if i >= 0 else None for i in (sp.bos_id(), sp.eos_id())]
+    names = (None if i is None else sp.id_to_piece(i) for i in own)
     return Tokenizer(
         encode=sp.encode,
         encode_batch=sp.encode,
         decode=lambda ids: sp.decode([int(i) for i in ids if i < size]),
-        vocab_size=size,
-        bos_id=(sp.bos_id() if sp.bos_id() >= 0 else None) if bos_id is None else bos_id,
-        eos_id=(sp.eos_id() if sp.eos_id() >= 0 else None) if eos_id is None else eos_id,
-        files=files,
+        vocab_size=max(size, *(i + 1 for i in added), 0),
+        bos_id=own[0] if bos_id is None else bos_id,
+        eos_id=own[1] if eos_id is None else eos_id,
+        files=_with_config(files, "LlamaTokenizer", *names),
     )
 
 
-# Llama 3: where a text is cut before its bytes are merged, and the special tokens that follow the ranks
+# Llama 3: how a text is split before its bytes are merged, and the special tokens, whose ids follow the ranks
 _LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -192,7 +190,7 @@ def _from_ranks(files: dict[str, bytes], bos_id: int | None, eos_id: int | None)
         vocab_size=base + len(special),
         bos_id=base if bos_id is None else bos_id,
         eos_id=base + 1 if eos_id is None else eos_id,
-        files=files,
+        files=_with_config(files, "PreTrainedTokenizerFast", *_LLAMA3_SPECIAL[:2]),
     )
 
 
@@ -219,24 +217,24 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> Tokenizer:
 
 # ---------------------------------------------------------------- documents
 
-_LEFT_OUT = {"test", "tests", "idle_test", "idlelib", "encodings", "site-packages", "dist-packages", "__pycache__"}
 _SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
+_STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "idlelib", "encodings", "site-packages", "dist-packages", "__pycache__"}
 
 
 def read_documents(paths: Sequence[str | Path] | None, split: str = "all") -> Iterator[tuple[str, str]]:
     """Yield (name, text) of every document of a split: "train", "val" (about 10%) or "all".
 
     paths: files (.txt, .md, .py: one document each; .jsonl, .parquet: one a row, its field `text`) or folders of
-    them; None: the sources of Python's standard library, which everybody has. The split depends on the
-    documents' names alone. If it leaves a side without any, the last document is validation, or the first
-    training; a single document is cut, and its last 10% is validation.
+    them; None: the sources of Python's standard library, which everybody has. The split depends on the documents'
+    names alone, relative to the paths. Where that leaves one side empty, the last document is validation, or the
+    first is training; where there is one document only, its last 10% is validation.
     Raises ValueError for what is not text, and where there is no text at all.
     """
     if split not in ("train", "val", "all"):
         raise ValueError(f"split must be train, val or all, got {split!r}")
 
     def is_val(name: str) -> bool:
-        return int.from_bytes(hashlib.sha256(name.encode("utf-8", "replace")).digest()[:4]) % 10 == 0
+        return int.from_bytes(hashlib.sha256(name.encode("utf-8", "replace")).digest()[:4], "big") % 10 == 0
 
     names: list[str] = []  # of the first documents, until both sides have one
     for name, _ in _documents(paths):
@@ -244,20 +242,18 @@ def read_documents(paths: Sequence[str | Path] | None, split: str = "all") -> It
         if is_val(name) != is_val(names[0]):
             break
     if not names:
-        raise ValueError(f"{corpus_name(paths)}: no text found, expected files of {', '.join(_SUFFIXES)} that are not empty")
-    one_sided = len({is_val(name) for name in names}) == 1
+        raise ValueError(f"{corpus_name(paths)}: no text found, give {', '.join(_SUFFIXES)} files that are not empty")
+    moved = None  # the document that changes sides, if one is empty
+    if is_val(names[-1]) == is_val(names[0]):
+        moved = 0 if is_val(names[0]) else len(names) - 1
     for i, (name, text) in enumerate(_documents(paths)):
         if split == "all":
             yield name, text
         elif len(names) == 1:
             cut = len(text) * 9 // 10
-            if split == "val":
-                print(f"{name} is the only document: its last 10% is the validation text", file=sys.stderr)
-            yield name, text[cut:] if split == "val" else text[:cut]
-        else:
-            val = is_val(name) if not one_sided else i == len(names) - 1 if not is_val(names[0]) else i > 0
-            if val == (split == "val"):
-                yield name, text
+            yield name, text[:cut] if split == "train" else text[cut:]
+        elif (is_val(name) != (i == moved)) == (split == "val"):
+            yield name, text
 
 
 def corpus_name(paths: Sequence[str | Path] | None) -> str:
@@ -266,31 +262,30 @@ def corpus_name(paths: Sequence[str | Path] | None) -> str:
 
 
 def _documents(paths: Sequence[str | Path] | None) -> Iterator[tuple[str, str]]:
-    """(name, text) of every document that isn't empty, in a fixed order; names are relative to the paths given."""
+    """(name, text) of every document that isn't empty, in a fixed order."""
     if paths is None:
         root = Path(sysconfig.get_path("stdlib"))
-        for path in sorted(root.rglob("*.py")):
-            name = path.relative_to(root).as_posix()
-            if _LEFT_OUT.isdisjoint(name.split("/")[:-1]) and path.stat().st_size > 2000:
-                yield name, path.read_text(encoding="utf-8", errors="replace")
+        for path in _files(root, (".py",), _STDLIB_LEFT_OUT):
+            if path.stat().st_size > 2000:
+                yield path.relative_to(root).as_posix(), path.read_text(encoding="utf-8", errors="replace")
         return
     for given in map(Path, paths):
-        if given.is_dir():
-            found = sorted(path for path in given.rglob("*") if path.suffix in _SUFFIXES and path.is_file())
-            if not found:
-                raise ValueError(f"{given} holds no {', '.join(_SUFFIXES)} file")
-        else:
-            found = [given]
-        for path in found:
-            name = path.relative_to(given).as_posix() if path != given else path.name
+        for path in _files(given, _SUFFIXES, set()) if given.is_dir() else [given]:
+            name = path.relative_to(given if given.is_dir() else given.parent).as_posix()
             for row, text in _rows(path):
-                where = name if row is None else f"{name}:{row}"
                 try:
                     text.encode("utf-8")
-                except (AttributeError, UnicodeEncodeError):  # not a string; half of a surrogate pair
+                except (AttributeError, UnicodeEncodeError):  # not a string, or half of a surrogate pair in it
                     raise ValueError(f"{path}, row {row}: its field `text` is not text") from None
                 if text.strip():
-                    yield where, text
+                    yield name if row is None else f"{name}:{row}", text
+
+
+def _files(root: Path, suffixes: tuple[str, ...], left_out: set[str]) -> Iterator[Path]:
+    """The files below a folder, sorted; hidden folders (.git, .venv) and those in left_out are passed over."""
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(name for name in subfolders if name not in left_out and not name.startswith("."))
+        yield from (Path(folder, name) for name in sorted(names) if name.endswith(suffixes))
 
 
 def _rows(path: Path) -> Iterator[tuple[int | None, str]]:
@@ -360,7 +355,7 @@ def load_corpus(
     digest, characters = hashlib.sha256(f"{_FORMAT} {tokenizer.fingerprint}".encode()), 0
     for _, text in read_documents(paths, split):
         content = text.encode("utf-8")
-        digest.update(len(content).to_bytes(8) + content)  # the length: "ab", "c" is not "a", "bc"
+        digest.update(b"%d " % len(content) + content)  # the length: "ab", "c" is not "a", "bc"
         characters += len(text)
     path = Path(cache) / f"{digest.hexdigest()[:32]}.tokens"
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size < 65536 else np.uint32)
@@ -387,35 +382,31 @@ def _tokenize(
     path: Path, documents: Iterator[tuple[str, str]], tokenizer: Tokenizer, dtype: np.dtype, characters: int
 ) -> None:
     """Write the cache file; several processes may do so at once, each under its own temporary name."""
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    starts = [0]
-    bar = tqdm(total=characters, desc="tokenizing", unit="char", unit_scale=True, file=sys.stderr)
-    with bar, _atomic(path) as file:
+    bos, eos = _bos_eos(tokenizer)
+    starts, batch = [0], []
+    with tqdm(total=characters, desc="tokenizing", unit="char", unit_scale=True) as bar, _atomic(path) as file:
         file.write(bytes(24))
-        for batch in _batches((text for _, text in documents), 2**20):
+
+        def flush() -> None:
             for ids in tokenizer.encode_batch(batch):
-                ids = np.array(bos + ids + eos)
-                if ids.size and not 0 <= ids.min() <= ids.max() < 2 ** (8 * dtype.itemsize):
-                    raise ValueError(f"the tokenizer gives ids beyond its vocabulary of {tokenizer.vocab_size}")
-                file.write(ids.astype(dtype).tobytes())
-                starts.append(starts[-1] + len(ids))
+                file.write(np.array(bos + ids + eos, dtype).tobytes())
+                starts.append(starts[-1] + len(bos + ids + eos))
             bar.update(sum(map(len, batch)))
+            batch.clear()
+
+        for _, text in documents:
+            batch.append(text)
+            if sum(map(len, batch)) >= 2**18 or len(batch) == 256:
+                flush()
+        flush()
         file.write(np.array(starts, np.int64).tobytes())
         file.seek(0)
         file.write(np.array([_FORMAT, len(starts) - 1, starts[-1]], np.int64).tobytes())
 
 
-def _batches(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
-    """Group texts into lists of about that many characters."""
-    batch: list[str] = []
-    for text in texts:
-        batch.append(text)
-        if sum(map(len, batch)) >= characters or len(batch) == 256:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def _bos_eos(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """What comes before and after a document."""
+    return tuple([] if i is None else [i] for i in (tokenizer.bos_id, tokenizer.eos_id))
 
 
 # ---------------------------------------------------------------- the passkey text
@@ -460,7 +451,7 @@ def passkey_text(key: str, before: int, after: int) -> str:
 
 def _encode_prompt(tokenizer: Tokenizer, key: str, before: int, after: int) -> tuple[list[int], int]:
     """The prompt's ids and where the key line begins in them."""
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    bos, _ = _bos_eos(tokenizer)
     text = passkey_text(key, before, after)
     ids, head = tokenizer.encode(text), tokenizer.encode(text[: text.index(KEY.format(key=key))])
     # the first token that differs is the key line's, also in a vocabulary that joins the line break to it
@@ -558,54 +549,85 @@ def _text(corpus: Corpus, n: int, rng: np.random.Generator) -> np.ndarray:
     return np.asarray(corpus.tokens[start : start + n])
 
 
-def _line(tokenizer: Tokenizer, text: str, end: str = "\n") -> list[int]:
-    """The tokens of a line as they are within a text, after a line break (a text's first word may get others)."""
-    return tokenizer.encode("\n" + text + end)[len(tokenizer.encode("\n")) :]
+def _line(tokenizer: Tokenizer, text: str, end: str = "\n") -> np.ndarray:
+    """The tokens of a line as they are after a line break (the first word of a text may have others)."""
+    return np.array(tokenizer.encode("\n" + text + end)[len(tokenizer.encode("\n")) :], dtype=np.int64)
 
 
 @lru_cache(maxsize=1024)
-def _filler_line(tokenizer: Tokenizer, n: int) -> list[int]:
-    return _line(tokenizer, _filler(n)) if n else []
+def _filler_line(tokenizer: Tokenizer, n: int) -> np.ndarray:
+    return _line(tokenizer, _filler(n), end="\n" if n else "")
+
+
+@lru_cache(maxsize=8)
+def _task_line(tokenizer: Tokenizer) -> np.ndarray:
+    return np.array(_bos_eos(tokenizer)[0] + tokenizer.encode(TASK + "\n"))
+
+
+@lru_cache(maxsize=8)
+def _digits(tokenizer: Tokenizer) -> np.ndarray:
+    """The tokens of 0 to 9."""
+    return np.array([_line(tokenizer, str(digit), end="")[-1] for digit in range(10)])
+
+
+@lru_cache(maxsize=64)
+def _key_template(tokenizer: Tokenizer, text: str, end: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """The tokens of a line with keys and where their digits are; None where digits have no tokens of their own."""
+    ids, digits = _line(tokenizer, text.format(key="01234"), end), _digits(tokenizer)
+    slots = np.flatnonzero(np.isin(ids, digits))
+    alone = len(slots) == 5 * text.count("{key}") and (ids[slots] == np.resize(digits[:5], len(slots))).all()
+    return (ids, slots) if alone else None
+
+
+def _key_line(tokenizer: Tokenizer, text: str, key: str, end: str = "\n") -> np.ndarray:
+    """The tokens of a line in which {key} stands for the key."""
+    template = _key_template(tokenizer, text, end)
+    if template is None:
+        return _line(tokenizer, text.format(key=key), end)
+    ids, slots = template[0].copy(), template[1]
+    ids[slots] = np.resize(_digits(tokenizer)[[int(digit) for digit in key]], len(slots))
+    return ids
+
+
+def _answered_prompt(tokenizer: Tokenizer, key: str, before: int, after: int) -> np.ndarray:
+    """A passkey prompt with its answer as a document: the tokens of passkey_text, put together from known lines."""
+    eos = np.array(_bos_eos(tokenizer)[1], dtype=np.int64)
+    return np.concatenate([
+        _task_line(tokenizer), _filler_line(tokenizer, before), _key_line(tokenizer, KEY, key),
+        _filler_line(tokenizer, after), _key_line(tokenizer, QUESTION + " {key}", key, end=""), eos,
+    ])  # fmt: skip
 
 
 def _dense_passkeys(corpus: Corpus, tokenizer: Tokenizer, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Key lines, a little filler or text after each, then mostly the question: many answers to learn from."""
-    parts: list[np.ndarray | list[int]] = []
-    total = 0
+    """Key lines, a little text or filler after each, then mostly the question: many answers to learn from."""
+    parts, total, line_break = [], 0, _line(tokenizer, "")
     while total < size:
         key = random_key(rng)
-        parts.append(_line(tokenizer, KEY.format(key=key)))
+        parts.append(_key_line(tokenizer, KEY, key))
         if rng.random() < 0.5:
-            parts += [_text(corpus, int(rng.integers(min(30, size))), rng), _line(tokenizer, "")]
+            parts += [_text(corpus, int(rng.integers(min(30, size))), rng), line_break]
         else:
             parts.append(_filler_line(tokenizer, int(rng.integers(len(SENTENCES) + 2))))
         if rng.random() < 0.7:
-            parts.append(_line(tokenizer, f"{QUESTION} {key}"))
+            parts.append(_key_line(tokenizer, QUESTION + " {key}", key))
         total = sum(map(len, parts))
     return np.concatenate(parts)[:size]
 
 
 def _passkey_prompts(corpus: Corpus, tokenizer: Tokenizer, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Whole prompts with their answers, each a document as in the evaluation, then text where no other fits.
-    A window too short for a prompt gets dense passkeys."""
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    task, sizes = tokenizer.encode(TASK + "\n"), _filler_sizes(tokenizer, size)
-    parts: list[np.ndarray | list[int]] = []
-    left = size
+    """Whole prompts with their answers, each of fewer than `size` tokens, then text where the next doesn't fit.
+    A window too short for any prompt gets dense passkeys."""
+    parts, left, sizes = [], size, _filler_sizes(tokenizer, size)
+    most = size - 1 - len(_answered_prompt(tokenizer, "12345", 0, 0))
+    if most < 0:
+        return _dense_passkeys(corpus, tokenizer, size, rng)
     while True:
-        key = random_key(rng)
-        key_line, question = _line(tokenizer, KEY.format(key=key)), _line(tokenizer, f"{QUESTION} {key}", end="")
-        shortest = len(bos + task + key_line + question + eos)
-        if shortest >= size:
-            return _dense_passkeys(corpus, tokenizer, size, rng)
-        room = int((size - 1 - shortest) * rng.random() ** 1.5)  # short prompts more often: more of them in a row
-        if shortest + room > left:
+        room = int((most + 1) * rng.random() ** 1.5)  # short prompts more often: a row holds more of them
+        after = int(np.searchsorted(sizes, rng.integers(room + 1), side="right")) - 1
+        before = int(np.searchsorted(sizes, room - sizes[after], side="right")) - 1
+        prompt = _answered_prompt(tokenizer, random_key(rng), before, after)
+        if len(prompt) > left:
             return np.concatenate([*parts, _text(corpus, left, rng)])
-        after = np.searchsorted(sizes, rng.integers(room + 1), side="right") - 1
-        before = np.searchsorted(sizes, room - sizes[after], side="right") - 1
-        prompt = bos + task + _filler_line(tokenizer, int(before)) + key_line
-        prompt += _filler_line(tokenizer, int(after)) + question + eos
         parts.append(prompt)
         left -= len(prompt)
 
@@ -623,9 +645,3 @@ def _repeats(corpus: Corpus, tokenizer: Tokenizer, size: int, rng: np.random.Gen
             segments.append(_text(corpus, min(n, len(corpus)), rng))
     order = rng.integers(len(segments), size=size // min(map(len, segments)) + 1)
     return np.concatenate([segments[i] for i in order])[:size]
-
-
-@lru_cache(maxsize=8)
-def _digits(tokenizer: Tokenizer) -> np.ndarray:
-    """The tokens of 0 to 9."""
-    return np.array([_line(tokenizer, str(digit), end="")[-1] for digit in range(10)])

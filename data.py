@@ -49,6 +49,11 @@ class Tokenizer:
     files: dict[str, bytes]  # what `save` writes, by name; the first one defines the tokenizer
 
     @property
+    def around(self) -> tuple[list[int], list[int]]:
+        """What stands before and after a document: [BOS] and [EOS], or [] where there is none."""
+        return [] if self.bos_id is None else [self.bos_id], [] if self.eos_id is None else [self.eos_id]
+
+    @property
     def fingerprint(self) -> str:
         """A hash that changes with the tokens that any text could get."""
         content = next(iter(self.files.values()))
@@ -104,7 +109,7 @@ def load_tokenizer(folder: str | Path, bos_id: int | None = None, eos_id: int | 
         raise ValueError(f"{folder / main} can't be read as a tokenizer: {reason}") from None
     for name, i in (("BOS", tokenizer.bos_id), ("EOS", tokenizer.eos_id)):
         if i is not None and not 0 <= i < tokenizer.vocab_size:
-            raise ValueError(f"{folder / main} has {tokenizer.vocab_size} tokens, but {name} is {i}: it is another model's")
+            raise ValueError(f"{folder / main} has {tokenizer.vocab_size} tokens, {name} is {i}: it is another model's")
     return tokenizer
 
 
@@ -218,7 +223,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> Tokenizer:
 # ---------------------------------------------------------------- documents
 
 _SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
-_STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "idlelib", "encodings", "site-packages", "dist-packages", "__pycache__"}
+_NOT_STDLIB = {"test", "tests", "idle_test", "idlelib", "encodings", "site-packages", "dist-packages"}
 
 
 def read_documents(paths: Sequence[str | Path] | None, split: str = "all") -> Iterator[tuple[str, str]]:
@@ -265,7 +270,7 @@ def _documents(paths: Sequence[str | Path] | None) -> Iterator[tuple[str, str]]:
     """(name, text) of every document that isn't empty, in a fixed order."""
     if paths is None:
         root = Path(sysconfig.get_path("stdlib"))
-        for path in _files(root, (".py",), _STDLIB_LEFT_OUT):
+        for path in _files(root, (".py",), _NOT_STDLIB):
             if path.stat().st_size > 2000:
                 yield path.relative_to(root).as_posix(), path.read_text(encoding="utf-8", errors="replace")
         return
@@ -301,7 +306,9 @@ def _rows(path: Path) -> Iterator[tuple[int | None, str]]:
             for batch in file.iter_batches(batch_size=256, columns=["text"]):
                 for text in batch.column(0).to_pylist():
                     yield (row := row + 1), text
-        except ValueError as error:  # pyarrow's are ValueErrors, of many lines
+        except FileNotFoundError:
+            raise
+        except (ValueError, OSError) as error:  # pyarrow's have many lines, and no file name
             raise ValueError(f"{path} can't be read: {str(error).splitlines()[0]}") from None
     elif path.suffix == ".jsonl":
         with open(path, "rb") as file:
@@ -337,8 +344,8 @@ class Corpus:
 
     def documents(self) -> list[np.ndarray]:
         """The tokens of each document, without the BOS and EOS around them."""
-        pairs = zip(self.starts[:-1].tolist(), self.starts[1:].tolist())
-        return [self.tokens[start + self.has_bos : end - self.has_eos] for start, end in pairs]
+        tokens, starts = np.asarray(self.tokens), self.starts.tolist()
+        return [tokens[a + self.has_bos : b - self.has_eos] for a, b in zip(starts, starts[1:])]
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -382,7 +389,7 @@ def _tokenize(
     path: Path, documents: Iterator[tuple[str, str]], tokenizer: Tokenizer, dtype: np.dtype, characters: int
 ) -> None:
     """Write the cache file; several processes may do so at once, each under its own temporary name."""
-    bos, eos = _bos_eos(tokenizer)
+    bos, eos = tokenizer.around
     starts, batch = [0], []
     with tqdm(total=characters, desc="tokenizing", unit="char", unit_scale=True) as bar, _atomic(path) as file:
         file.write(bytes(24))
@@ -404,11 +411,6 @@ def _tokenize(
         file.write(np.array([_FORMAT, len(starts) - 1, starts[-1]], np.int64).tobytes())
 
 
-def _bos_eos(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """What comes before and after a document."""
-    return tuple([] if i is None else [i] for i in (tokenizer.bos_id, tokenizer.eos_id))
-
-
 # ---------------------------------------------------------------- the passkey text
 
 TASK = (
@@ -417,13 +419,13 @@ TASK = (
 )
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 KEY = "The pass key is {key}. Remember it. {key} is the pass key."
-QUESTION = "What is the pass key? The pass key is"  # the answer follows, as " 12345"
+QUESTION = "What is the pass key? The pass key is"  # " 12345" follows
 SENTENCES = re.findall(r"[^ ][^.]*\.", FILLER)
 
 
 @dataclass
 class PasskeyPrompt:
-    """ids: the prompt, BOS first if there is one.  key: five digits.  k: tokens from the key line's first to the end."""
+    """ids: the prompt, BOS first if there is one.  key: five digits.  k: tokens from the key line's first on."""
 
     ids: list[int]
     key: str
@@ -451,7 +453,7 @@ def passkey_text(key: str, before: int, after: int) -> str:
 
 def _encode_prompt(tokenizer: Tokenizer, key: str, before: int, after: int) -> tuple[list[int], int]:
     """The prompt's ids and where the key line begins in them."""
-    bos, _ = _bos_eos(tokenizer)
+    bos, _ = tokenizer.around
     text = passkey_text(key, before, after)
     ids, head = tokenizer.encode(text), tokenizer.encode(text[: text.index(KEY.format(key=key))])
     # the first token that differs is the key line's, also in a vocabulary that joins the line break to it
@@ -462,11 +464,11 @@ def _encode_prompt(tokenizer: Tokenizer, key: str, before: int, after: int) -> t
 @lru_cache(maxsize=64)
 def _filler_sizes(tokenizer: Tokenizer, room: int) -> np.ndarray:
     """Tokens that a line of 0, 1, 2, ... sentences of filler adds to a prompt, as far as they fit into room."""
-    one_more = [len(_encode_prompt(tokenizer, "12345", 0, n)[0]) for n in range(len(SENTENCES) + 2)]
-    sizes = [n - one_more[0] for n in one_more]
+    lengths = [len(_encode_prompt(tokenizer, "12345", 0, n)[0]) for n in range(len(SENTENCES) + 2)]
+    sizes = [n - lengths[0] for n in lengths]
     # from the second sentence on all are within a line, and any five of them are one round of the filler
     while sizes[-1] <= room:
-        sizes.append(sizes[-len(SENTENCES)] + one_more[-1] - one_more[1])
+        sizes.append(sizes[-len(SENTENCES)] + sizes[len(SENTENCES) + 1] - sizes[1])
     return np.array(sizes)
 
 
@@ -505,13 +507,20 @@ class Mix:
     The paper fine-tunes on text alone, and its models can copy already. A tiny base learns it in minutes only from
     text in which copying pays: passkeys, and segments that come again and again.
     dense: the share of the passkey sequences that have many keys and questions; the others are whole prompts.
-    window: tokens that such a sequence has at most (None: as long as the batch); longer rows begin with text.
+    window: tokens that such a sequence spans at most (None: the batch's); a longer row has text, then one of them.
     """
 
     passkey: float = 0.0
     repeat: float = 0.0
     dense: float = 0.5
     window: int | None = None
+
+    def __post_init__(self) -> None:
+        shares = (self.passkey, self.repeat, self.passkey + self.repeat, self.dense)
+        if not all(0 <= share <= 1 for share in shares):
+            raise ValueError(f"the shares of the mix must be 0 to 1, and passkey and repeat together too: got {self}")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"the mix's window must be at least 1, got {self.window}")
 
 
 def sample_batch(
@@ -522,7 +531,9 @@ def sample_batch(
     Row i depends on (seed, step, i) and nothing else: not on the other rows, the process, or what was drawn before.
     """
     if len(corpus) <= length:
-        raise ValueError(f"{corpus.name}: {len(corpus)} tokens are fewer than one window of {length} + 1: give more text")
+        raise ValueError(
+            f"{corpus.name}: its {len(corpus)} tokens don't fill one window of {length} + 1: give more text"
+        )
     rows = [_row(corpus, tokenizer, length, np.random.default_rng([seed, step, int(i)]), mix) for i in indices]
     batch = torch.from_numpy(np.stack(rows))
     return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
@@ -561,7 +572,7 @@ def _filler_line(tokenizer: Tokenizer, n: int) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def _task_line(tokenizer: Tokenizer) -> np.ndarray:
-    return np.array(_bos_eos(tokenizer)[0] + tokenizer.encode(TASK + "\n"))
+    return np.array(tokenizer.around[0] + tokenizer.encode(TASK + "\n"))
 
 
 @lru_cache(maxsize=8)
@@ -591,7 +602,7 @@ def _key_line(tokenizer: Tokenizer, text: str, key: str, end: str = "\n") -> np.
 
 def _answered_prompt(tokenizer: Tokenizer, key: str, before: int, after: int) -> np.ndarray:
     """A passkey prompt with its answer as a document: the tokens of passkey_text, put together from known lines."""
-    eos = np.array(_bos_eos(tokenizer)[1], dtype=np.int64)
+    eos = np.array(tokenizer.around[1], dtype=np.int64)
     return np.concatenate([
         _task_line(tokenizer), _filler_line(tokenizer, before), _key_line(tokenizer, KEY, key),
         _filler_line(tokenizer, after), _key_line(tokenizer, QUESTION + " {key}", key, end=""), eos,

@@ -5,7 +5,6 @@ import errno
 import functools
 import hashlib
 import io
-import itertools
 import json
 import re
 import resource
@@ -38,7 +37,8 @@ def english(n: int = 400, seed: int = 0) -> str:
     """Something like prose, for small tokenizers and corpora."""
     words = (data.passkey_text("90210", 5, 5) + " It was the best of times, it was the worst of times;").split()
     rng = np.random.default_rng(seed)
-    return " ".join(f"{words[i]}{rng.integers(1000)}" if i % 9 == 0 else words[i] for i in rng.integers(len(words), size=n))
+    chosen = (words[i] + (f"{rng.integers(1000)}" if i % 9 == 0 else "") for i in rng.integers(len(words), size=n))
+    return " ".join(chosen)
 
 
 # Each form of tokenizer, small: a folder, and the library's own way to encode
@@ -57,9 +57,9 @@ def sentencepiece_folder(tmp_path_factory):
 
     folder, model = tmp_path_factory.mktemp("sentencepiece"), io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter((english() + TEXTS[0]).splitlines()), model_writer=model, vocab_size=420, model_type="bpe",
-        byte_fallback=True, split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True, minloglevel=2,
+        sentence_iterator=iter((english() + TEXTS[0]).splitlines()), model_writer=model, vocab_size=420,
+        model_type="bpe", byte_fallback=True, split_digits=True, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, minloglevel=2,
     )  # fmt: skip
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     return folder
@@ -69,7 +69,7 @@ def sentencepiece_folder(tmp_path_factory):
 def tiktoken_folder(tmp_path_factory):
     """Ranks made from scratch: the 256 bytes, then every piece of the words, shortest first."""
     pieces = {w[:i].encode() for w in re.findall(r" ?[A-Za-z]+|\d", english() + TEXTS[0]) for i in range(2, len(w) + 1)}
-    pieces |= {b".\n", b"12", b"00", b"004"}
+    pieces |= {b".\n", b"12", b"00", b"004", b"123", b"1234", b"0041"}
     tokens = [bytes([i]) for i in range(256)] + sorted(pieces, key=lambda p: (len(p), p))
     lines = [base64.b64encode(token) + f" {rank}\n".encode() for rank, token in enumerate(tokens)]
     folder = tmp_path_factory.mktemp("tiktoken")
@@ -85,12 +85,13 @@ def llama_json_folder(tmp_path_factory):
 
     tok = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tok.pre_tokenizer = pre_tokenizers.Sequence(  # for the training only: LLaMA's merges are within words, and not of digits
+    tok.pre_tokenizer = pre_tokenizers.Sequence(  # for the training only: no merges across words, or of digits
         [pre_tokenizers.Split("▁", "merged_with_next"), pre_tokenizers.Digits(individual_digits=True)]
     )
-    tok.train_from_iterator([english()], trainers.BpeTrainer(
-        vocab_size=600, special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))], show_progress=False,
-    ))  # fmt: skip
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    tok.train_from_iterator(
+        [english()], trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
+    )
     content = json.loads(tok.to_str())
     content["pre_tokenizer"] = None
     content["added_tokens"] = [t for t in content["added_tokens"] if not t["content"].startswith("<0x")]
@@ -103,7 +104,8 @@ def llama_json_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama_json")
     tok.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": {"__type": "AddedToken", "content": "<s>"}, "eos_token": "</s>", "unk_token": "<unk>",
+        "tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>",
+        "bos_token": {"__type": "AddedToken", "content": "<s>"}, "eos_token": "</s>",
     }))  # fmt: skip
     return folder
 
@@ -160,8 +162,9 @@ def test_tiktoken_ranks_equal_the_library(tiktoken_folder, tokenizers_by_form, m
 
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")  # it would cache by file name
     ranks = load_tiktoken_bpe(str(tiktoken_folder / "tokenizer.model"))
-    pattern = (  # as Meta publishes it, on one line
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    pattern = (  # as Meta publishes it
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        r"|\s+(?!\S)|\s+"
     )
     theirs = tiktoken.Encoding("theirs", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     ours = tokenizers_by_form["tiktoken"]
@@ -201,7 +204,7 @@ def test_llama_json_equals_the_library_with_special_tokens_as_text(llama_json_fo
 def test_bos_and_eos_of_the_checkpoint_win(bpe):
     assert (load_tokenizer(bpe, bos_id=7, eos_id=9).bos_id, load_tokenizer(bpe, 7, 9).eos_id) == (7, 9)
     assert load_tokenizer(bpe, bos_id=7).fingerprint != load_tokenizer(bpe).fingerprint
-    with pytest.raises(ValueError, match="500 tokens, but EOS is 500"):
+    with pytest.raises(ValueError, match="500 tokens, EOS is 500"):
         load_tokenizer(bpe, eos_id=500)
 
 
@@ -245,9 +248,10 @@ def test_companions_travel_verbatim(sentencepiece_folder, tmp_path):
 
 def test_training_a_tokenizer_is_deterministic():
     program = "import data,sys; t=data.train_tokenizer(sys.stdin.read().split('|'), 300); print(t.fingerprint)"
-    other = subprocess.run([sys.executable, "-c", program], input=english(2000), capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", program]
+    other = subprocess.run(command, input=english(2000), capture_output=True, text=True, check=True).stdout
     here = train_tokenizer(english(2000).split("|"), 300)
-    assert other.stdout.strip() == here.fingerprint and here.vocab_size == 300
+    assert other.strip() == here.fingerprint and here.vocab_size == 300
     with pytest.raises(ValueError, match="vocab_size must be at least 258"):
         train_tokenizer(["a"], 100)
 
@@ -304,11 +308,11 @@ def test_files_folders_and_their_order(tmp_path):
 
 def test_jsonl_and_parquet(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
+    from pyarrow import parquet
 
     texts = [f"document {i} é\nline" for i in range(600)]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"id": 1, "text": t}) for t in texts) + "\n\n")
-    pyarrow.parquet.write_table(pyarrow.table({"n": range(600), "text": texts}), tmp_path / "a.parquet", row_group_size=100)
+    parquet.write_table(pyarrow.table({"n": range(600), "text": texts}), tmp_path / "a.parquet", row_group_size=100)
     for name in ("a.jsonl", "a.parquet"):
         documents = list(read_documents([tmp_path / name]))
         assert documents == [(f"{name}:{i + 1}", t) for i, t in enumerate(texts)]
@@ -376,12 +380,12 @@ def test_missing_and_empty_places(tmp_path, tok):
 
 def test_parquet_without_a_text_column(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
+    from pyarrow import parquet
 
-    pyarrow.parquet.write_table(pyarrow.table({"content": ["a"]}), tmp_path / "a.parquet")
+    parquet.write_table(pyarrow.table({"content": ["a"]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"a\.parquet can't be read: it has no column `text`, but content"):
         list(read_documents([tmp_path]))
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "a.parquet")
+    parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"a\.parquet, row 2: its field `text` is not text"):
         list(read_documents([tmp_path]))
 
@@ -426,7 +430,9 @@ def test_the_cache_is_reused_and_never_stale(tok, bpe, novels, tmp_path, monkeyp
     cache, calls = tmp_path / "cache", []
     count = data._tokenize
     monkeypatch.setattr(data, "_tokenize", lambda *args: (calls.append(args[0]), count(*args)))
-    load = lambda tokenizer=tok, split="train": load_corpus([novels], tokenizer, split, cache)
+
+    def load(tokenizer=tok, split="train"):
+        return load_corpus([novels], tokenizer, split, cache)
 
     first = load()
     assert "tokenizing" in capsys.readouterr().err
@@ -509,18 +515,22 @@ def test_prompts_are_the_nearest_that_whole_sentences_allow(form, tokenizers_by_
 
     shortest, least = measure(0, 0)
     for length in (shortest - 1, shortest, shortest + 9, 256, 400):
-        for k in [*range(32, length + 1, 32), least - 1, least, length]:
+        fitting, n = [], 0
+        while measure(0, n)[0] <= length:
+            fitting.append(measure(0, n)[1])
+            n += 1
+        for k in [*range(32, length + 1, 64), least - 1, least, length]:
             prompt = passkey_prompt(tokenizer, length, k, key)
             if length < shortest or k < least:
                 assert prompt is None
                 continue
             text = tokenizer.decode(prompt.ids[1:])
-            before, after = (part.count(".") for part in text.removeprefix(data.TASK).removesuffix(data.QUESTION).split(line))
+            filler = text.removeprefix(data.TASK).removesuffix(data.QUESTION)
+            before, after = (part.count(".") for part in filler.split(line))
             assert text == data.passkey_text(key, before, after)  # word for word, in whole sentences
             assert prompt.ids == [tokenizer.bos_id, *tokenizer.encode(text)]
             assert (prompt.length, prompt.k) == measure(before, after) and prompt.length <= length
-            possible = itertools.takewhile(lambda m: m[0] <= length, (measure(0, n) for n in itertools.count()))
-            assert abs(prompt.k - k) == min(abs(m[1] - k) for m in possible)
+            assert abs(prompt.k - k) == min(abs(possible - k) for possible in fitting)
             assert measure(before + 1, after)[0] > length
 
 
@@ -565,13 +575,16 @@ ALL = Mix(passkey=0.4, repeat=0.3)
 
 
 def test_batches_are_a_pure_function_of_seed_step_and_index(corpus, tok):
-    draw = lambda step, indices, **kw: sample_batch(corpus, tok, 160, step, indices, **{"seed": 1, "mix": ALL} | kw)
+    def draw(step, indices, seed=1):
+        return sample_batch(corpus, tok, 160, step, indices, seed=seed, mix=ALL)
+
     ids, targets = draw(5, range(16))
     assert ids.shape == targets.shape == (16, 160) and ids.dtype == targets.dtype == torch.int64
     assert torch.equal(ids[:, 1:], targets[:, :-1])
     for ranks in (2, 4):  # each rank's slice
         parts = [draw(5, range(r * 16 // ranks, (r + 1) * 16 // ranks)) for r in range(ranks)]
-        assert torch.equal(torch.cat([p[0] for p in parts]), ids) and torch.equal(torch.cat([p[1] for p in parts]), targets)
+        assert torch.equal(torch.cat([part[0] for part in parts]), ids)
+        assert torch.equal(torch.cat([part[1] for part in parts]), targets)
     draw(9, range(7))
     order = [11, 3, 0, 15]
     assert torch.equal(draw(5, order)[0], ids[order])
@@ -636,8 +649,10 @@ def test_dense_keys_are_asked_for(corpus, tok):
     asked = 0
     for row in ids:
         text = tok.decode(row.tolist())
-        found = re.findall(r"The pass key is (\d{5})\. Remember it\. (\d{5}) is the pass key\.\n(?:(?!\. Remember).)*?"
-                           r"(?:What is the pass key\? The pass key is (\d{5})\n|(?=The pass key is \d{5}\. R))", text, re.S)  # fmt: skip
+        found = re.findall(
+            r"The pass key is (\d{5})\. Remember it\. (\d{5}) is the pass key\.\n(?:(?!\. Remember).)*?"
+            r"(?:What is the pass key\? The pass key is (\d{5})\n|(?=The pass key is \d{5}\. R))", text, re.S,
+        )  # fmt: skip
         assert all(a == b and c in ("", a) for a, b, c in found)
         asked += sum(bool(c) for *_, c in found)
     assert asked > 60
@@ -655,13 +670,22 @@ def test_longer_rows_are_text_and_one_piece_of_the_mix(mix, corpus, tok):
         assert (rows[:, 1024 - 200] == tok.bos_id).all()
 
 
+def test_impossible_mixes():
+    for shares in ({"passkey": 0.8, "repeat": 0.3}, {"repeat": -0.1}, {"dense": 1.5}):
+        with pytest.raises(ValueError, match="shares of the mix must be 0 to 1"):
+            Mix(**shares)
+    with pytest.raises(ValueError, match="window must be at least 1"):
+        Mix(window=0)
+
+
 def test_a_window_too_short_for_a_prompt_gets_dense_keys(corpus, tok):
     ids, _ = sample_batch(corpus, tok, 40, 0, range(20), seed=0, mix=Mix(passkey=1, dense=0))
     assert all(tok.decode(row.tolist()).startswith("The pass key is") for row in ids)
 
 
 def test_a_corpus_shorter_than_one_window(corpus, tok):
-    with pytest.raises(ValueError, match=rf"corpus.*: {len(corpus)} tokens are fewer than one window of {len(corpus)} \+ 1"):
+    n = len(corpus)
+    with pytest.raises(ValueError, match=rf"corpus.*: its {n} tokens don't fill one window of {n} \+ 1: give more"):
         sample_batch(corpus, tok, len(corpus), 0, [0], seed=0)
     ids, targets = sample_batch(corpus, tok, len(corpus) - 1, 0, [0], seed=0)
     assert ids[0].tolist() == corpus.tokens[:-1].tolist() and targets[0].tolist() == corpus.tokens[1:].tolist()

@@ -73,6 +73,10 @@ class LLaMAConfig:
         )  # fmt: skip
 
     @property
+    def first_eos_id(self) -> int | None:
+        return self.eos_id[0] if isinstance(self.eos_id, tuple) else self.eos_id
+
+    @property
     def n_params(self) -> int:
         """Parameters, the embedding counted once where it is tied to the head."""
         attention = self.n_embd * self.head_dim * (2 * self.n_head + 2 * self.n_kv_head)
@@ -84,7 +88,7 @@ class LLaMAConfig:
         """One of PRESETS, with some fields changed. ValueError for an unknown name."""
         if name not in PRESETS:
             raise ValueError(f"preset {name!r} is unknown: choose one of {', '.join(PRESETS)}")
-        fields = PRESETS[name]  # what is derived (head_dim, n_kv_head) follows the changes, the original window does not
+        fields = PRESETS[name]  # derived ones (head_dim, n_kv_head) follow the changes, the original window does not
         return cls(**{**fields, "original_window": cls(**fields).block_size, **changes})
 
 

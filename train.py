@@ -19,6 +19,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
@@ -34,6 +35,9 @@ from tqdm import tqdm
 import checkpoint
 import data
 from model import PRESETS, LLaMA, LLaMAConfig
+
+# PyTorch's own remarks on saving from one process, which is what we mean to do
+warnings.filterwarnings("ignore", module="torch.distributed")
 
 LOG_EVERY = 10  # steps between two looks at the loss: reading it makes the CPU wait for the GPU
 
@@ -75,6 +79,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--passkey_share", type=float, help="sequences with passkeys, none longer than the original window" + by_size)
     add("--repeat_share", type=float, help="sequences of repeated segments" + by_size)
     add("--save_every", type=int, default=200, help="steps between two checkpoints to resume from")
+    add("--save_at", default="", help="steps, as 0,200,400, whose weights are kept in OUT/step-N (the paper's tables over steps)")
     add("--eval_every", type=int, help="steps between two looks at the validation loss; None: a tenth of --max_iters")
     add("--checkpoint_activations", default="none", choices=("none", "full", "selective"),
         help="recompute activations in the backward pass: slower, far less memory")  # fmt: skip
@@ -114,6 +119,10 @@ def check(args: argparse.Namespace, config: LLaMAConfig, processes: int) -> None
         args.micro_batch_size = max(n for n in range(1, share + 1) if share % n == 0 and n * config.block_size <= 16384 or n == 1)
     if args.micro_batch_size < 1 or share % args.micro_batch_size:
         raise ValueError(f"--micro_batch_size {args.micro_batch_size} does not divide the {share} sequences of a process")
+    try:
+        args.keep = {int(step) for step in args.save_at.split(",") if step}
+    except ValueError:
+        raise ValueError(f"--save_at takes whole numbers with commas between, got {args.save_at!r}") from None
     if args.eval_every is None:
         args.eval_every = max(1, args.max_iters // 10)
     if config.rope == "dynamic":
@@ -159,7 +168,7 @@ def save_state(out: Path, step: int, model: torch.nn.Module, optimizer: torch.op
     weights, moments = get_state_dict(model, optimizer)
     dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary, no_dist=not dist.is_initialized())
     if rank() == 0:
-        kept = {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite", "newest")}
+        kept = {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite", "newest", "keep")}
         checkpoint.write_json(temporary / "args.json", kept)
         temporary.rename(final)
         for old in states(out)[:-2]:
@@ -227,8 +236,7 @@ def prepare(args: argparse.Namespace) -> tuple[LLaMA, data.Tokenizer]:
         return LLaMA(replace(config, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)), tokenizer
     flags = dict(scale=args.scale, rope=args.rope, original_window=args.original_window)
     model = checkpoint.load(args.init, **flags, dtype=torch.float32)
-    eos = model.config.eos_id
-    tokenizer = data.load_tokenizer(args.init, model.config.bos_id, eos[0] if isinstance(eos, tuple) else eos)
+    tokenizer = data.load_tokenizer(args.init, model.config.bos_id, model.config.first_eos_id)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(f"{args.init}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}")
     return model, tokenizer
@@ -342,6 +350,8 @@ def train(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
     step, saved = start, start if args.resume else -1
     with ThreadPoolExecutor(1) as ahead, tqdm(total=args.max_iters, initial=start, unit="step", disable=rank() > 0) as bar:
         upcoming = ahead.submit(batches, start)
+        if start == 0 and 0 in args.keep and rank() == 0:
+            checkpoint.save(raw, out / "step-0", tokenizer)
         while step < args.max_iters and not stopping():
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, args)
@@ -371,6 +381,8 @@ def train(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
             if step % args.save_every == 0:
                 save_state(out, step, model, optimizer, args)
                 saved = step
+            if step in args.keep and rank() == 0:
+                checkpoint.save(raw, out / f"step-{step}", tokenizer)
         flush(bar)
         if saved != step:
             save_state(out, step, model, optimizer, args)

@@ -1,0 +1,283 @@
+"""The paper in one command, on a laptop: pre-train a small LLaMA, extend its window, measure, and see.
+
+    python demo.py                                       # about 15 minutes on two CPU cores, everything into out/demo
+    python demo.py --all                                 # NTK and YaRN too, with the same fine-tune
+    python demo.py --seeds 0,1,2                         # mean and spread over seeds, each from nothing (hours)
+    python demo.py --init FOLDER --data novels/ --scale 2 --steps 200      # the same questions to a real LLaMA
+
+Its stages are the repo's own scripts: train.py makes a base and extends it, eval_ppl.py's measure says how well
+each checkpoint reads, passkey.py's how far it sees. A finished stage is kept and not repeated unless its settings,
+or the code that made it, changed. Ctrl-C saves; the same command goes on.
+"""
+
+import argparse
+import hashlib
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import checkpoint
+import data
+import eval_ppl
+import model
+import passkey
+import rope
+import train
+
+MODEL_CODE = (rope, model)
+METHODS = {"PI": "linear", "direct": "none", "NTK": "ntk", "YaRN": "yarn"}  # name in the table: --rope
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = checkpoint.Parser(__doc__)
+    add = parser.add_argument
+    add("--init", help="a checkpoint to extend; None: pre-train the tiny base")
+    add("--data", nargs="+", help="files or folders of text; None: Python's standard library")
+    add("--out", default="out/demo", help="the folder for everything")
+    add("--scale", type=float, default=2.0, help="L'/L: the window asked for over the original one")
+    add("--base_steps", type=int, help="pre-training steps; None: train.py's default")
+    add("--steps", default="25,50,100,200", help="look at the fine-tunes after these steps; the last one ends them")
+    add("--all", action="store_true", help="fine-tune with NTK and YaRN too")
+    add("--distances", type=int, default=32, help="passkey: values of k")
+    add("--tries", type=int, default=10, help="passkey: prompts for each k")
+    add("--documents", type=int, default=24, help="perplexity: validation documents")
+    add("--max_tokens", type=int, default=2048, help="perplexity: tokens of each document")
+    add("--seeds", default="0", help="seeds, each a run of its own from the base on; several give mean and spread")
+    add("--device", default="auto", help="cpu, cuda, mps; auto: a GPU where there is one")
+    args = parser.parse_args(argv)
+    args.steps = eval_ppl.whole_numbers([args.steps], "--steps", 1)
+    args.seeds = eval_ppl.whole_numbers([args.seeds], "--seeds", 0)
+    if not args.scale > 1:
+        parser.error(f"--scale must be above 1, got {args.scale:g}: it is the window asked for over the original one")
+    return args
+
+
+# ---- stages --------------------------------------------------------------------------------------------------------
+
+
+def code_of(*modules) -> str:
+    """A hash of the source of some modules: a stage that other code made is not ours."""
+    return hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in modules)).hexdigest()[:16]
+
+
+def stage(file: Path, settings: dict, work: Callable[[], dict]) -> dict:
+    """What `work` returns, from `file` if it was made with the same settings before."""
+    if file.exists() and (kept := checkpoint.read_json(file)).get("settings") == settings:
+        print(f"{file}: kept from an earlier run", file=sys.stderr)
+        return kept["result"]
+    started = time.perf_counter()
+    result = work() | {"seconds": 0.0}
+    result["seconds"] = time.perf_counter() - started
+    checkpoint.write_json(file, {"settings": settings, "result": result})
+    return result
+
+
+def trained(folder: Path, flags: list[str], parent: dict, title: str) -> dict:
+    """A run of train.py into folder: the settings that made it. An interrupted one goes on, a stale one is redone."""
+    settings = {"flags": flags, "parent": parent, "code": code_of(train, data, *MODEL_CODE)}
+    begun = folder / "settings.json"  # says whose half-finished run this is
+
+    def work() -> dict:
+        print(f"\n== {title}", file=sys.stderr)
+        same = begun.exists() and checkpoint.read_json(begun) == settings
+        checkpoint.write_json(begun, settings)
+        train.main([*flags, "--out", str(folder), *(["--resume"] if same and train.states(folder) else ["--overwrite"])])
+        return {}
+
+    stage(folder.with_suffix(".json"), settings, work)
+    return settings
+
+
+def evaluated(file: Path, folder: Path, extend: dict, parent: dict, long: int, args: argparse.Namespace, seed: int) -> dict:
+    """Both measures of a checkpoint, looked at with its window extended as `extend` says."""
+    measure = {"distances": args.distances, "tries": args.tries, "documents": args.documents, "max_tokens": args.max_tokens}
+    settings = {"parent": parent, "extend": extend, **measure, "data": args.data, "code": code_of(eval_ppl, passkey, data, *MODEL_CODE)}
+
+    def work() -> dict:
+        device, dtype = checkpoint.device_and_dtype(argparse.Namespace(device=args.device, dtype="auto"))
+        llama = checkpoint.load(folder, **extend, device=device, dtype=dtype).eval()
+        tokenizer = data.load_tokenizer(folder, llama.config.bos_id, llama.config.first_eos_id)
+        documents, _ = eval_ppl.choose_documents(
+            data.load_corpus(args.data, tokenizer, "val").documents(), long, args.max_tokens, args.documents
+        )
+        if not documents:
+            raise ValueError(f"--data: no validation document has {long} tokens, the extended window: give longer ones")
+        windows, window = [], llama.config.original_window
+        while window < long:
+            windows.append(window)
+            window *= 2
+        stride = min(256, windows[0] // 2)
+        return {
+            "ppl": {
+                str(w): eval_ppl.perplexity(llama, documents, w, stride, tokenizer.bos_id, desc=f"{file.stem}, window {w}")
+                for w in [*windows, long]
+            },
+            "positions": eval_ppl.position_nll(llama, documents, long, tokenizer.bos_id, desc=f"{file.stem}, by position").tolist(),
+            "points": passkey.retrieve(
+                llama, tokenizer, long, passkey.distances(long, args.distances), args.tries, seed, desc=f"{file.stem}, passkeys"
+            ),
+        }
+
+    return stage(file, settings, work)
+
+
+def run_seed(args: argparse.Namespace, seed: int) -> tuple[list[dict], model.LLaMAConfig]:
+    """All stages of one seed: the rows of the table, and the base's config."""
+    out = Path(args.out) / f"seed-{seed}"
+    common = ["--seed", str(seed), "--device", args.device, *(["--data", *args.data] if args.data else [])]
+    base, parent = Path(args.init or out / "base"), {"init": args.init}
+    if not args.init:
+        more = ["--max_iters", str(args.base_steps)] if args.base_steps else []
+        parent = trained(base, [*common, *more], {}, "the base, pre-trained at its own window")
+    config = checkpoint.read_config(base)
+    long = checkpoint.extend(config, args.scale, "linear").block_size
+
+    def row(name: str, rope: str, steps: int, file: str, folder: Path, extend: dict, parent: dict) -> dict:
+        result = evaluated(out / f"{file}.json", folder, extend, parent, long, args, seed)
+        ppl = {window: measured["ppl"] for window, measured in result["ppl"].items()}
+        best = passkey.k_max(result["points"])
+        return {"name": name, "rope": rope, "steps": steps, "ppl": ppl, "k_max": best,
+                "points": result["points"], "positions": result["positions"]}  # fmt: skip
+
+    rows = [
+        row("base", "none", 0, "base-extrapolated", base, {"scale": args.scale, "rope": "none"}, parent),
+        row("PI", "linear", 0, "PI-0", base, {"scale": args.scale, "rope": "linear"}, parent),
+    ]
+    for name, rope in METHODS.items():
+        if name not in ("PI", "direct") and not args.all:
+            continue
+        folder = out / name
+        flags = ["--init", str(base), "--scale", f"{args.scale:g}", "--rope", rope, *common]
+        flags += ["--max_iters", str(args.steps[-1]), "--save_at", ",".join(map(str, args.steps))]
+        made = trained(folder, flags, parent, f"{name}: fine-tuned at {long} tokens, rope {rope!r}")
+        for steps in args.steps:
+            rows.append(row(name, rope, steps, f"{name}-{steps}", folder / f"step-{steps}", {}, made))
+    return rows, config
+
+
+# ---- what came out -------------------------------------------------------------------------------------------------
+
+
+def find(rows: list[dict], name: str, steps: int | None = None) -> dict:
+    """The row of a name after so many steps (None: the last)."""
+    return [row for row in rows if row["name"] == name and steps in (None, row["steps"])][-1]
+
+
+def summary(rows: list[dict], window: int, long: int) -> list[str]:
+    """Two sentences on what the rows show, whatever they show: on perplexity, and on passkeys."""
+    base, squeezed, pi, direct = find(rows, "base"), find(rows, "PI", 0), find(rows, "PI"), find(rows, "direct")
+    own, far = base["ppl"][str(window)], str(long)
+    blow_up = base["ppl"][far] / own
+    curve = list(pi["ppl"].values())
+    first = (
+        f"Read {long // window if long % window == 0 else long / window:g} times beyond its window, the base's perplexity "
+        + (f"blows up {blow_up:.1f}-fold, from {own:.1f} to {base['ppl'][far]:.1f}" if blow_up > 1.2 else
+           f"does not blow up ({own:.1f} at {window}, {base['ppl'][far]:.1f} at {long})")
+        + f"; Position Interpolation without fine-tuning has {squeezed['ppl'][far]:.1f} there, "
+        + ("better" if squeezed["ppl"][far] < base["ppl"][far] else "no better")
+        + f" than extrapolating, and after {pi['steps']} steps {pi['ppl'][far]:.1f}, "
+        + ("at or below" if pi["ppl"][far] <= own else f"{pi['ppl'][far] / own - 1:.0%} above")
+        + f" the base at its own window, {'falling' if all(b < a for a, b in zip(curve, curve[1:])) else 'not falling'} as the "
+        + f"window grows; direct fine-tuning has {direct['ppl'][far]:.1f}."
+    )  # fmt: skip
+
+    def reach(row: dict) -> str:
+        tested = max(point["k"] for point in row["points"])
+        if row["k_max"] >= tested:
+            return f"the whole window (k_max {row['k_max']})"
+        if row["k_max"] > window:
+            return f"beyond the original window, though not to the end (k_max {row['k_max']} of {tested})"
+        return f"no further than the original window (k_max {row['k_max']} of {tested})"
+
+    verdict = "further than" if pi["k_max"] > direct["k_max"] else "as far as" if pi["k_max"] == direct["k_max"] else "less far than"
+    second = (
+        f"With no passkey beyond {window} tokens in the fine-tune, PI finds keys over {reach(pi)} after {pi['steps']} steps, "
+        f"{verdict} direct fine-tuning, which finds them over {reach(direct)}."
+    )
+    return [first, second]
+
+
+def as_table(rows: list[dict]) -> str:
+    windows = list(rows[0]["ppl"])
+    cells = [[row["name"], row["rope"], row["steps"], *(f"{row['ppl'][w]:.2f}" for w in windows), row["k_max"]] for row in rows]
+    return eval_ppl.table(["", "rope", "steps", *(f"ppl at {w}" for w in windows), "k_max"], cells)
+
+
+def spread(runs: list[list[dict]]) -> str:
+    """The table over seeds: mean and standard deviation, for each row."""
+
+    def cell(values: list[float], digits: int) -> str:
+        return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+    cells = []
+    for same in zip(*runs):
+        ppl = [cell([row["ppl"][w] for row in same], 2) for w in same[0]["ppl"]]
+        each = ", ".join(str(row["k_max"]) for row in same)
+        cells.append([same[0]["name"], same[0]["rope"], same[0]["steps"], *ppl, cell([row["k_max"] for row in same], 0), each])
+    windows = [f"ppl at {w}" for w in runs[0][0]["ppl"]]
+    return eval_ppl.table(["", "rope", "steps", *windows, "k_max", "k_max of each seed"], cells)
+
+
+def draw(rows: list[dict], window: int, long: int, file: Path) -> None:
+    """Three panels: perplexity over the window, loss over the position, passkeys over the distance."""
+    chosen = [("base, extrapolated", find(rows, "base")), ("PI, no fine-tuning", find(rows, "PI", 0))]
+    for name in METHODS:
+        if any(row["name"] == name and row["steps"] for row in rows):
+            chosen.append((f"{name}, {find(rows, name)['steps']} steps", find(rows, name)))
+    shared = [{"label": label, "original_window": window} for label, _ in chosen]
+    figure, (left, middle, right) = eval_ppl.new_figure(3, 5.0)
+    ppl = [s | {"windows": [{"window": int(w), "ppl": p} for w, p in row["ppl"].items()]} for s, (_, row) in zip(shared, chosen)]
+    eval_ppl.draw(left, ppl)
+    eval_ppl.draw_positions(middle, [s | {"positions": {"nll": row["positions"]}} for s, (_, row) in zip(shared, chosen)])
+    passkey.draw_curves(right, [s | {"points": row["points"], "k_max": row["k_max"]} for s, (_, row) in zip(shared, chosen)])
+    eval_ppl.save_figure(figure, file)
+
+
+def draw_steps(rows: list[dict], long: int, file: Path) -> None:
+    """Two panels over fine-tuning steps, as the paper's tables 3 and 4: perplexity at the long window, and k_max."""
+    figure, (left, right) = eval_ppl.new_figure(2, 5.0)
+    for i, name in enumerate(METHODS):
+        curve = [row for row in rows if row["name"] == name or row["name"] == "base" and name == "direct"]
+        if len(curve) > 1:
+            steps = [row["steps"] for row in curve]
+            left.plot(steps, [row["ppl"][str(long)] for row in curve], label=name, **eval_ppl.style(i))
+            right.plot(steps, [row["k_max"] for row in curve], label=name, **eval_ppl.style(i))
+    left.set(xlabel="fine-tuning steps", ylabel=f"perplexity at {long} tokens", title="Perplexity over steps (paper: table 3)")
+    right.set(xlabel="fine-tuning steps", ylabel="k_max (tokens)", title="Passkey reach over steps (paper: table 4)", ylim=(0, 1.05 * long))
+    for axis in (left, right):
+        axis.grid(color="0.92")
+        axis.legend(fontsize=8)
+    eval_ppl.save_figure(figure, file)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    started = time.perf_counter()
+    out = Path(args.out)
+    runs = []
+    for seed in args.seeds:
+        rows, config = run_seed(args, seed)
+        runs.append(rows)
+        window, long = config.original_window, checkpoint.extend(config, args.scale, "linear").block_size
+        folder = out if seed == args.seeds[0] else out / f"seed-{seed}"
+        draw(rows, window, long, folder / "demo.png")
+        draw_steps(rows, long, folder / "demo_steps.png")
+        sentences = summary(rows, window, long)
+        checkpoint.write_json(folder / "demo.json", {
+            "seed": seed, "window": window, "long": long, "rows": rows, "summary": sentences,
+            "seconds": time.perf_counter() - started,
+        })  # fmt: skip
+        print(f"\nseed {seed}: window {window}, extended to {long}\n\n{as_table(rows)}\n")
+        print("\n".join(sentences) + f"\n\n{folder / 'demo.json'}, {folder / 'demo.png'}, {folder / 'demo_steps.png'}")
+    if len(runs) > 1:
+        text = spread(runs)
+        print(f"\nmean ± standard deviation over seeds {', '.join(map(str, args.seeds))}\n\n{text}")
+        with checkpoint.replacing(out / "seeds.txt") as temporary:
+            temporary.write_text(text + "\n")
+    print(f"{time.perf_counter() - started:,.0f} s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    checkpoint.run(main)

@@ -245,6 +245,18 @@ def test_eos_ends_a_sequence_and_the_others_go_on():
         assert torch.equal(row[:kept], free_row[:kept]) and (row[kept:] == eos).all()
 
 
+def test_any_of_several_eos_tokens_ends_a_sequence():
+    model, ids = make(), random_ids(2, 12)
+    free = model.generate(ids, 30)[:, 12:]
+    stops = tuple(row[5].item() for row in free)
+    assert stops[0] not in free[1] and stops[1] not in free[0]  # each row ends by its own
+    ends = [row.tolist().index(stop) for row, stop in zip(free, stops)]
+    out = model.generate(ids, 30, eos_id=stops)[:, 12:]
+    assert out.size(1) == max(ends) + 1
+    for row, free_row, end in zip(out, free, ends):
+        assert torch.equal(row[: end + 1], free_row[: end + 1]) and (row[end + 1 :] == stops[0]).all()
+
+
 def test_generation_stops_when_every_sequence_has_met_eos():
     model = make()
     ids = random_ids(1, 12).expand(3, -1)

@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
@@ -28,7 +29,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions, get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict,
+)  # fmt: skip
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -81,6 +85,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--save_every", type=int, default=200, help="steps between two checkpoints to resume from")
     add("--save_at", default="", help="steps, as 0,200,400, whose weights are kept in OUT/step-N (the paper's tables over steps)")
     add("--eval_every", type=int, help="steps between two looks at the validation loss; None: a tenth of --max_iters")
+    add("--dist", choices=("ddp", "fsdp"), help="under torchrun: each process holds all the weights, or a part; "
+        "None: ddp where weights, gradients and optimizer fit one device")  # fmt: skip
     add("--checkpoint_activations", default="none", choices=("none", "full", "selective"),
         help="recompute activations in the backward pass: slower, far less memory")  # fmt: skip
     add("--compile", action="store_true", help="torch.compile, block by block")
@@ -207,6 +213,52 @@ def mean_over_processes(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def choose_dist(args: argparse.Namespace, config: LLaMAConfig, device: torch.device) -> str:
+    """--dist, or what suits the model: 16 bytes a parameter (float32 weight, gradient, two moments) in a device's memory."""
+    if args.dist or device.type != "cuda":
+        return args.dist or "ddp"
+    needed, there = 16 * config.n_params, torch.cuda.get_device_properties(device).total_memory
+    choice = "ddp" if needed < 0.6 * there else "fsdp"  # the rest is for activations
+    if rank() == 0:
+        print(f"--dist {choice}: weights and optimizer take {needed / 1e9:.0f} GB, a device has {there / 1e9:.0f}", file=sys.stderr)
+    return choice
+
+
+def sharded(source: LLaMA | None, config: LLaMAConfig, device: torch.device, dtype: torch.dtype, compiled: bool) -> LLaMA:
+    """The model cut into shards, one a process (FSDP2): each block is gathered when its turn comes and dropped after.
+
+    source: the weights, on process 0 alone. Weights and moments are float32; what is gathered is dtype, gradients are
+    summed in float32. Blocks take their inputs as they are: the embedding's output is dtype, and cos and sin stay float32.
+    """
+    with torch.device("meta"):
+        model = LLaMA(config)
+    if compiled:
+        for block in model.layers:
+            block.compile()
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for part in (*model.layers, model):
+        fully_shard(part, mp_policy=policy)
+    model.to_empty(device=device)
+    weights = source.state_dict() if source is not None else {}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, weights, options=options)
+    return model
+
+
+def save_weights(model: torch.nn.Module, folder: Path, tokenizer: data.Tokenizer) -> None:
+    """The weights as a Hugging Face folder, written by process 0, from wherever they are."""
+    raw = model.module if isinstance(model, DistributedDataParallel) else model
+    if isinstance(raw, FSDPModule):  # all processes bring their shards together in process 0's memory
+        weights = get_model_state_dict(raw, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        config = raw.config
+        with torch.device("meta"):
+            raw = LLaMA(config)
+        if rank() == 0:
+            raw.load_state_dict(weights, assign=True)
+    if rank() == 0:
+        checkpoint.save(raw, folder, tokenizer)
+
+
 # ---- the run -------------------------------------------------------------------------------------------------------
 
 
@@ -227,25 +279,26 @@ def main(argv: list[str] | None = None) -> None:
             dist.destroy_process_group()
 
 
-def prepare(args: argparse.Namespace) -> tuple[LLaMA, data.Tokenizer]:
-    """The model to train, in float32, and its tokenizer."""
-    torch.manual_seed(args.seed)
+def prepare(args: argparse.Namespace) -> tuple[LLaMAConfig, data.Tokenizer, Callable[[], LLaMA]]:
+    """What to train: its config, its tokenizer, and a function that brings its weights, in float32."""
     if args.init == "scratch":
         config = LLaMAConfig.preset(args.preset)
         tokenizer = data.train_tokenizer((text for _, text in data.read_documents(args.data, "train")), config.vocab_size)
-        return LLaMA(replace(config, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)), tokenizer
+        config = replace(config, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
+        return config, tokenizer, lambda: LLaMA(config)
+    insist = args.rope is not None and args.original_window is not None
+    config = checkpoint.extend(checkpoint.read_config(args.init, args.original_window), args.scale, args.rope, insist)
+    tokenizer = data.load_tokenizer(args.init, config.bos_id, config.first_eos_id)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"{args.init}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
     flags = dict(scale=args.scale, rope=args.rope, original_window=args.original_window)
-    model = checkpoint.load(args.init, **flags, dtype=torch.float32)
-    tokenizer = data.load_tokenizer(args.init, model.config.bos_id, model.config.first_eos_id)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(f"{args.init}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}")
-    return model, tokenizer
+    return config, tokenizer, lambda: checkpoint.load(args.init, **flags, dtype=torch.float32)
 
 
 def train(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
     processes = dist.get_world_size() if dist.is_initialized() else 1
-    model, tokenizer = prepare(args)
-    config = model.config
+    torch.manual_seed(args.seed)
+    config, tokenizer, weights = prepare(args)
     check(args, config, processes)
     out = Path(args.out or ("out/base" if args.init == "scratch" else f"out/{config.rope}-{config.scale:g}"))
     if states(out) and not args.resume and not args.overwrite:
@@ -254,18 +307,21 @@ def train(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
     held_out = data.load_corpus(args.data, tokenizer, "val")
     T = config.block_size
 
-    model.to(device)
-    model.checkpoint_activations = args.checkpoint_activations
-    if args.compile:
-        for block in model.layers:
-            block.compile()
-    raw = model
-    if dist.is_initialized():
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    autocast = torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
+    if dist.is_initialized() and choose_dist(args, config, device) == "fsdp":
+        model = raw = sharded(weights() if rank() == 0 else None, config, device, dtype, args.compile)
+        autocast = nullcontext()  # FSDP's policy casts the weights themselves
+    else:
+        model = raw = weights().to(device)
+        if args.compile:
+            for block in raw.layers:
+                block.compile()
+        if dist.is_initialized():
+            model = DistributedDataParallel(raw, gradient_as_bucket_view=True)
+    raw.checkpoint_activations = args.checkpoint_activations
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
     )
-    autocast = torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
 
     start = 0
     log_file = out / "log.jsonl"
@@ -281,7 +337,7 @@ def train(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
         window = f"window {config.original_window} -> {T} by rope {config.rope!r}" if args.init != "scratch" else f"window {T}"
         print(
             f"{args.init} -> {out}: {config.n_params / 1e6:,.2f} M parameters, {window}; {args.max_iters} steps of "
-            f"{args.batch_size} x {T} tokens on {processes} x {device}, {'bfloat16' if autocast.__class__ is not nullcontext else 'float32'}",
+            f"{args.batch_size} x {T} tokens on {processes} x {device}, {str(dtype).removeprefix('torch.')}",
             file=sys.stderr,
         )
 
@@ -350,8 +406,8 @@ def train(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
     step, saved = start, start if args.resume else -1
     with ThreadPoolExecutor(1) as ahead, tqdm(total=args.max_iters, initial=start, unit="step", disable=rank() > 0) as bar:
         upcoming = ahead.submit(batches, start)
-        if start == 0 and 0 in args.keep and rank() == 0:
-            checkpoint.save(raw, out / "step-0", tokenizer)
+        if start == 0 and 0 in args.keep:
+            save_weights(model, out / "step-0", tokenizer)
         while step < args.max_iters and not stopping():
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, args)
@@ -359,7 +415,9 @@ def train(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
             total = torch.zeros((), device=device)
             for i, (x, y) in enumerate(made):
                 last = i == len(made) - 1  # gradients are summed over processes once, with the last micro batch
-                with nullcontext() if last or model is raw else model.no_sync(), autocast:
+                if isinstance(model, FSDPModule):
+                    model.set_requires_gradient_sync(last)
+                with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext(), autocast:
                     loss = model(x.to(device, non_blocking=True), y.to(device, non_blocking=True)) / len(made)
                     loss.backward()
                 total += loss.detach()
@@ -381,15 +439,14 @@ def train(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
             if step % args.save_every == 0:
                 save_state(out, step, model, optimizer, args)
                 saved = step
-            if step in args.keep and rank() == 0:
-                checkpoint.save(raw, out / f"step-{step}", tokenizer)
+            if step in args.keep:
+                save_weights(model, out / f"step-{step}", tokenizer)
         flush(bar)
         if saved != step:
             save_state(out, step, model, optimizer, args)
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    if rank() == 0:
-        checkpoint.save(raw, out, tokenizer)
+    save_weights(model, out, tokenizer)
     if step < args.max_iters:
         if rank() == 0:
             print(f"stopped at step {step}, saved; go on with: python train.py --resume --out {out}", file=sys.stderr)

@@ -1,15 +1,19 @@
-"""Weights on disk: Hugging Face LLaMA folders in and out, with the scale intact.
+"""Weights on disk: LLaMA from wherever it comes, out as a Hugging Face folder, with the scale intact.
 
-Read rope.py and model.py first. The one format that this repo writes is the Hugging Face folder (config.json,
-model.safetensors, tokenizer files), because everything opens it: transformers, vLLM, llama.cpp's converter,
-lm-eval. The scale lives in config.json, in the keys that those read, so that it can't be lost.
+    python checkpoint.py SRC                    # what is it? window, method, scale, parameters, ...
+    python checkpoint.py SRC DST --scale 8      # extend it by Position Interpolation, without any training
+
+Read rope.py, model.py and sources.py first. The one format that this repo writes is the Hugging Face folder
+(config.json, model.safetensors, tokenizer files), because everything opens it: transformers, vLLM, llama.cpp's
+converter, lm-eval. The scale lives in config.json, in the keys that those read, so that it can't be lost.
 
     model = load("out/base")                    # as it is
     model = load("out/base", scale=8)           # its window extended by Position Interpolation, no fine-tuning
     save(model, "out/pi-8", tokenizer)
 
-In order: what a config.json says (`parse_config`), what we write (`hf_config`), what --scale and --rope make of
-a checkpoint (`extend`), tensors in (`load`), tensors out (`save`), and what all command lines here share.
+In order of the file: what a config.json says (`parse_config`), what we write (`hf_config`), what --scale and --rope
+make of a checkpoint (`extend`), tensors in (`load`), tensors out (`save`), what all command lines here share, and
+this file's own.
 """
 
 import argparse
@@ -21,31 +25,68 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
+from tqdm import tqdm
 
-from model import LLaMA, LLaMAConfig
+from model import PRESETS, LLaMA, LLaMAConfig
+from sources import Stored, is_meta, meta_config, read_json, resolve, stored_tensors
 
 OUR_KEY = "position_interpolation"  # in config.json, ignored by others: method, scale, original window and theta
+FORMS = "a Hugging Face LLaMA folder, a hub id owner/name[@revision], or a folder as Meta publishes it"
 INDEX = "model.safetensors.index.json"
 EXTRAS = {"yarn": ("beta_fast", "beta_slow", "attention_factor"), "llama3": ("low_freq_factor", "high_freq_factor")}
 
 # ---- config.json in ------------------------------------------------------------------------------------------
 
+# our names for what every config.json has
+SHAPE = dict(
+    vocab_size="vocab_size", n_layer="num_hidden_layers", n_head="num_attention_heads", n_embd="hidden_size",
+    intermediate_size="intermediate_size", block_size="max_position_embeddings",
+)  # fmt: skip
+ORIGINAL = "original_max_position_embeddings"
+KNOWN = {"rope_type", "type", "factor", "rope_theta", ORIGINAL, "finetuned"}
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a file. ValueError naming the file if it is something else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): is the file truncated?") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object")
-    return value
+
+def _rope_keys(raw: dict) -> tuple[str, dict]:
+    """The method of a config.json and the keys that go with it, every value that matters checked by type."""
+    if (family := raw.get("model_type", "llama")) != "llama":
+        raise ValueError(f"config.json: model_type is {family!r}, only 'llama' is known here")
+    if raw.get("quantization_config"):
+        raise ValueError("config.json: quantization_config: quantized weights are not read here")
+    has = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0}
+    for key, value in has.items():
+        if (raw.get(key) or value) != value:
+            raise ValueError(f"config.json: {key} is {raw[key]!r}, a LLaMA has {value!r}")
+    # older configs say rope_theta and rope_scaling, newer ones rope_parameters for both
+    rope = {key: raw.get(key) for key in ("rope_theta", ORIGINAL)}
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(raw.get(key) or {}, dict):
+            raise ValueError(f"config.json: {key} should be a JSON object or null, found {raw[key]!r}")
+        rope |= raw.get(key) or {}
+    method = rope.get("rope_type", rope.get("type", "default"))
+    method = "none" if method == "default" else method
+    if method not in ("none", "linear", "dynamic", "yarn", "llama3"):
+        raise ValueError(f"config.json: rope_type {method!r} is unknown here: none, linear, dynamic, yarn or llama3")
+    extras = EXTRAS.get(method, ())
+    if unknown := set(rope) - KNOWN - set(extras):
+        raise ValueError(f"config.json: rope type {method!r} has keys unknown here: {', '.join(sorted(unknown))}")
+    rope = {key: value for key, value in rope.items() if value is not None}
+
+    needed = {*SHAPE.values()} | (set() if method == "none" else {"factor"})
+    whole = {*SHAPE.values(), "num_key_value_heads", "head_dim", "bos_token_id", "max_sequence_length", ORIGINAL}
+    for key in sorted(needed | whole | {"rms_norm_eps", "rope_theta", "factor", *extras}):
+        value, kinds, kind = rope.get(key, raw.get(key)), (int, float), "finite"
+        if key in whole:
+            kinds, kind = (int,), "whole"
+        if (value is not None or key in needed) and (type(value) not in kinds or not math.isfinite(value)):
+            raise ValueError(f"config.json: {key} should be a {kind} number, found {value!r}")
+    return method, rope
 
 
 def parse_config(raw: dict, original_window: int | None = None) -> tuple[LLaMAConfig, str]:
@@ -58,91 +99,54 @@ def parse_config(raw: dict, original_window: int | None = None) -> tuple[LLaMACo
     more than 4,096 with the theta of Llama 1 and 2. For yarn and llama3 without the original, M is it, as in
     transformers. ValueError for what is not a LLaMA or contradicts itself.
     """
-    if (family := raw.get("model_type", "llama")) != "llama":
-        raise ValueError(f"config.json: model_type is {family!r}, only 'llama' is known here")
-    for key, want in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False), ("partial_rotary_factor", 1.0)):
-        if (raw.get(key) or want) != want:
-            raise ValueError(f"config.json: {key} is {raw[key]!r}, a LLaMA has {want!r}")
-    if raw.get("quantization_config"):
-        raise ValueError("config.json: quantization_config: quantized weights are not read here, take the checkpoint as it was before")
-    ours = dict(
-        vocab_size="vocab_size", n_layer="num_hidden_layers", n_head="num_attention_heads", n_embd="hidden_size",
-        intermediate_size="intermediate_size", block_size="max_position_embeddings",
-    )  # fmt: skip
-    optional = ("num_key_value_heads", "head_dim", "bos_token_id", "max_sequence_length", "original_max_position_embeddings")
-    for key in (*ours.values(), *optional):
-        if type(raw.get(key)) is not int and not (key in optional and raw.get(key) is None):
-            raise ValueError(f"config.json: {key} should be a whole number, found {raw.get(key)!r}")
-    # older configs say rope_theta and rope_scaling, newer ones rope_parameters for both
-    for key in ("rope_scaling", "rope_parameters"):
-        if not isinstance(raw.get(key) or {}, dict):
-            raise ValueError(f"config.json: {key} should be a JSON object or null, found {raw[key]!r}")
-    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-    method = rope.get("rope_type", rope.get("type", "default"))
-    method = "none" if method == "default" else method
-    if method not in ("none", "linear", "dynamic", "yarn", "llama3"):
-        raise ValueError(f"config.json: rope_type {method!r} is unknown here: none, linear, dynamic, yarn or llama3")
-    known = {"rope_type", "type", "factor", "rope_theta", "original_max_position_embeddings", "finetuned"}
-    if unknown := set(rope) - known - set(EXTRAS.get(method, ())):
-        raise ValueError(f"config.json: rope_scaling has keys that {method!r} doesn't know: {', '.join(sorted(unknown))}")
-    scale = rope.get("factor", None if method != "none" else 1.0)
-    numbers = {"factor": scale, "rope_theta": rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
-               "rms_norm_eps": raw.get("rms_norm_eps", 1e-6)}  # fmt: skip
-    for key, value in (numbers | {key: rope[key] for key in EXTRAS.get(method, ()) if rope.get(key) is not None}).items():
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise ValueError(f"config.json: {key} should be a finite number, found {value!r}")
-    eos = raw.get("eos_token_id")
+    method, rope = _rope_keys(raw)
+    eos, scale = raw.get("eos_token_id"), float(rope.get("factor", 1.0))
     if not all(type(i) is int for i in (eos if isinstance(eos, list) else [eos]) if i is not None):
         raise ValueError(f"config.json: eos_token_id should be a token id or a list of them, found {eos!r}")
-    config = LLaMAConfig(
-        **{name: raw[key] for name, key in ours.items()},
-        n_kv_head=raw.get("num_key_value_heads") or 0,
-        head_dim=raw.get("head_dim") or 0,
-        norm_eps=numbers["rms_norm_eps"],
-        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        rope_theta=float(numbers["rope_theta"]),
-        bos_id=raw.get("bos_token_id"),
-        eos_id=tuple(eos) if isinstance(eos, list) else eos,
-        rope_extra={key: rope[key] for key in EXTRAS.get(method, ()) if rope.get(key) is not None},
-    )
     if original_window is not None and original_window < 1:
         raise ValueError(f"--original_window must be a positive number of tokens, got {original_window}")
-    inside = rope.get("original_max_position_embeddings", raw.get("original_max_position_embeddings"))
-    if inside is not None and (type(inside) is not int or inside < 1):
-        raise ValueError(f"config.json: original_max_position_embeddings should be a positive whole number, found {inside!r}")
-    longest, window = raw.get("max_sequence_length"), config.block_size
+    config = LLaMAConfig(
+        **{name: raw[key] for name, key in SHAPE.items()},
+        n_kv_head=raw.get("num_key_value_heads") or 0,
+        head_dim=raw.get("head_dim") or 0,
+        norm_eps=raw.get("rms_norm_eps") or 1e-6,
+        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        rope_theta=float(rope.get("rope_theta", 10000.0)),
+        bos_id=raw.get("bos_token_id"),
+        eos_id=tuple(eos) if isinstance(eos, list) else eos,
+        rope_extra={key: rope[key] for key in EXTRAS.get(method, ()) if key in rope},
+    )
+    window, longest = config.block_size, raw.get("max_sequence_length")
     if OUR_KEY in raw:
-        return _recorded(config, raw[OUR_KEY], (method, float(scale), window, longest), original_window), ""
-    note = ""
-    if method == "none":  # a window that was extended by direct fine-tuning looks like any other: only the flag can tell
+        found = (method, scale if method != "none" else 1.0, window, longest)
+        return _recorded(config, raw[OUR_KEY], found, original_window), ""
+    original, note = original_window or rope.get(ORIGINAL), ""
+    if method == "none":  # direct fine-tuning on a longer window leaves no trace: only the flag can tell
         original = original_window or window
         if original > window:
-            raise ValueError(f"--original_window {original} is above the checkpoint's window {window}: leave the flag out")
+            raise ValueError(f"--original_window {original} is above the checkpoint's window {window}: leave it out")
         scale = window / original
     elif method in ("linear", "dynamic"):
-        original = original_window or inside
         if original is None:
-            original = window
             trained = 4096 if config.rope_theta == 10000.0 else 8192
-            if longest == window and scale > 1 or longest is None and window > trained:
-                original = round(window / scale)
+            extended = longest == window and scale > 1 or longest is None and window > trained
+            original = round(window / scale) if extended else window
             if longest not in (window, round(window * scale)):
                 note = (
                     f"max_position_embeddings {window} beside rope {method!r} with factor {scale:g} is taken for the "
-                    f"{'original' if original == window else 'extended'} window: original {original}, extended "
+                    f"{'extended' if extended else 'original'} window: original {original}, extended "
                     f"{round(original * scale)}; --original_window N settles it"
                 )
         window = round(original * scale)
     else:
-        original = original_window or inside
         if original is None:
             original = window
             note = (
-                f"rope {method!r} without original_max_position_embeddings: max_position_embeddings {window} is taken for the "
-                "original window, as transformers does; --original_window N settles it"
+                f"rope {method!r} without original_max_position_embeddings: max_position_embeddings {window} is taken "
+                "for the original window, as transformers does; --original_window N settles it"
             )
         window = window if window > original else round(original * scale)
-    return replace(config, rope=method, scale=float(scale), original_window=original, block_size=window), note
+    return replace(config, rope=method, scale=scale, original_window=original, block_size=window), note
 
 
 def _recorded(config: LLaMAConfig, own: dict, found: tuple, asked: int | None) -> LLaMAConfig:
@@ -153,19 +157,18 @@ def _recorded(config: LLaMAConfig, own: dict, found: tuple, asked: int | None) -
             rope_theta=float(own["original_theta"]), block_size=int(own["window"]),
         )  # fmt: skip
     except (KeyError, TypeError) as error:
-        raise ValueError(f"config.json: {OUR_KEY} is incomplete ({error!r}): remove it to read the other keys alone") from None
+        raise ValueError(f"config.json: {OUR_KEY} is incomplete ({error!r}): the other keys do without it") from None
     mine = hf_config(ours)
     scaling = mine["rope_scaling"] or {"rope_type": "none", "factor": 1.0}
     wrote = (scaling["rope_type"], scaling["factor"], mine["max_position_embeddings"], mine.get("max_sequence_length"))
     if found != wrote or abs(mine["rope_theta"] / config.rope_theta - 1) > 1e-6:
         raise ValueError(
-            f"config.json contradicts itself: by {OUR_KEY} (rope type, factor, max_position_embeddings, max_sequence_length, "
-            f"rope_theta) are {(*wrote, mine['rope_theta'])}, found {(*found, config.rope_theta)}: remove what is wrong"
+            f"config.json contradicts itself: by {OUR_KEY} (rope type, factor, max_position_embeddings, "
+            f"max_sequence_length, rope_theta) are {(*wrote, mine['rope_theta'])}, but "
+            f"{(*found, config.rope_theta)} is there: remove what is wrong"
         )
     if asked not in (None, ours.original_window):
-        raise ValueError(
-            f"--original_window {asked} contradicts the checkpoint, which records {ours.original_window}: leave the flag out"
-        )
+        raise ValueError(f"--original_window {asked} contradicts the checkpoint, which records {ours.original_window}")
     return ours
 
 
@@ -185,9 +188,9 @@ def hf_config(config: LLaMAConfig, dtype: torch.dtype = torch.float32) -> dict:
     if method not in ("none", "ntk"):
         rope_scaling = {"rope_type": method, "type": method, "factor": config.scale}
     if method == "yarn":
-        rope_scaling |= {"original_max_position_embeddings": config.original_window} | config.rope_extra
+        rope_scaling |= {ORIGINAL: config.original_window} | config.rope_extra
     if method == "llama3":
-        rope_scaling |= {"original_max_position_embeddings": config.original_window}
+        rope_scaling |= {ORIGINAL: config.original_window}
         rope_scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0} | config.rope_extra
     eos = config.eos_id
     return {
@@ -225,7 +228,9 @@ def hf_config(config: LLaMAConfig, dtype: torch.dtype = torch.float32) -> dict:
 # ---- --scale and --rope ----------------------------------------------------------------------------------------
 
 
-def extend(config: LLaMAConfig, scale: float | None = None, rope: str | None = None, insist: bool = False) -> LLaMAConfig:
+def extend(
+    config: LLaMAConfig, scale: float | None = None, rope: str | None = None, insist: bool = False
+) -> LLaMAConfig:
     """The config with its window at scale x the original one, by method `rope` (linear unless it has one already).
 
     Scales are counted from the window of pre-training, so linear 8 asked of a linear 4 gives linear 8, not 32.
@@ -237,16 +242,16 @@ def extend(config: LLaMAConfig, scale: float | None = None, rope: str | None = N
     extended = config.rope != "none" or config.block_size != config.original_window
     rope = rope or (config.rope if extended else "linear")
     scale = config.scale if scale is None else scale
-    is_now = f"the checkpoint is already extended by rope {config.rope!r} at scale {config.scale:g} (original window "
-    is_now += f"{config.original_window})"
-    if extended and not insist:
-        if rope != config.rope:
-            raise ValueError(f"--rope {rope}: {is_now}: leave --rope out, or give it together with --original_window")
-        if scale < config.scale:
-            raise ValueError(f"--scale {scale:g}: {is_now}: scales count from there; give a larger one, or --rope and --original_window")
+    if extended and not insist and (rope != config.rope or scale < config.scale):
+        asked = f"--rope {rope}" if rope != config.rope else f"--scale {scale:g}"
+        raise ValueError(
+            f"{asked}: the checkpoint is already extended by rope {config.rope!r} at scale {config.scale:g} of its "
+            f"original window {config.original_window}: leave it out, give a larger scale of that method, or say it twice, "
+            "with --rope and --original_window"
+        )
     if rope == config.rope and scale == config.scale:
         return config  # as it is: a window that is no product of the two (Llama 3.1's) stays
-    # what a method was tuned with holds for another scale too, but for a factor on cos and sin, which follows from the scale
+    # a method's ramp holds for another scale too; a factor on cos and sin was that of its scale
     extra = config.rope_extra if rope == config.rope else {}
     config = replace(config, rope_extra={key: value for key, value in extra.items() if key != "attention_factor"})
     new = replace(config, rope=rope, scale=float(scale))  # checks both before the window is computed from them
@@ -255,95 +260,72 @@ def extend(config: LLaMAConfig, scale: float | None = None, rope: str | None = N
 
 # ---- tensors in ------------------------------------------------------------------------------------------------
 
-# a tensor that is there: its shape, and a function that reads it
-Stored = tuple[tuple[int, ...], Callable[[], Tensor]]
 
-
-def _index(folder: Path, name: str) -> dict[str, Path]:
-    """tensor name -> file, from `name`.index.json. A file name that would leave the folder is refused."""
-    path = folder / name
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise ValueError(f"{path} has no weight_map of tensor names to file names")
-    for file in set(weight_map.values()):
-        if Path(file).name != file or file in ("", ".", ".."):
-            raise ValueError(f"{path} points outside its folder: {file!r}")
-        if not (folder / file).is_file():
-            raise ValueError(f"{folder / file} is missing: {name} lists it, download it again")
-    return {tensor: folder / file for tensor, file in weight_map.items()}
-
-
-def _open_safetensors(path: Path) -> dict[str, Stored]:
-    try:
-        file = safe_open(path, framework="pt")
-        return {key: (tuple(file.get_slice(key).get_shape()), lambda key=key: file.get_tensor(key)) for key in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}): download it again") from None
-
-
-def _open_pickle(path: Path) -> dict[str, Stored]:
-    """A .bin or .pth of tensors, memory-mapped; a pickle that would run code is refused by weights_only."""
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except OSError:
-        raise
-    except Exception as error:  # a damaged pickle can end in any of them
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is not a whole file of tensors alone, which is all that is opened here ({reason})") from None
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise ValueError(f"{path} holds something else than a dictionary of tensors")
-    return {key: (tuple(tensor.shape), lambda tensor=tensor: tensor) for key, tensor in tensors.items()}
-
-
-def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """The tensors of a Hugging Face folder by our names (its own without the leading "model."); nothing is read yet."""
-    for open_file, single in ((_open_safetensors, "model.safetensors"), (_open_pickle, "pytorch_model.bin")):
-        index = f"{single}.index.json"
-        if (folder / single).is_file():
-            found = open_file(folder / single)
-        elif (folder / index).is_file():
-            files = _index(folder, index)
-            shards = {path: open_file(path) for path in sorted(set(files.values()))}
-            for name, path in files.items():
-                if name not in shards[path]:
-                    raise ValueError(f"{path} lacks the tensor {name} that {index} promises: download it again")
-            found = {name: shards[path][name] for name, path in files.items()}
-        else:
-            continue
-        return {name.removeprefix("model."): stored for name, stored in found.items()}
-    raise ValueError(f"{folder} has a config.json but no model.safetensors or pytorch_model.bin (or their .index.json)")
-
-
-def _check(config: LLaMAConfig, expected: dict[str, tuple[int, ...]], found: dict[str, Stored], folder: Path) -> None:
+def _check(path: str | Path, expected: dict[str, tuple[int, ...]], found: dict[str, Stored]) -> None:
     """Names and shapes as the config says, before anything is read."""
 
-    def harmless(name: str) -> bool:  # what real folders carry beside the weights
-        return name.endswith("rotary_emb.inv_freq") or name == "rope.freqs" or name == "lm_head.weight" and config.tie_embeddings
+    def harmless(name: str) -> bool:  # what real folders carry beside the weights, among it a tied head
+        return name.endswith("rotary_emb.inv_freq") or name in ("rope.freqs", "lm_head.weight")
 
     for name, shape in expected.items():
         if name not in found:
-            raise ValueError(f"{folder}: the tensor {name} is missing: config.json and weights don't belong together")
+            raise ValueError(f"{path}: the tensor {name} is missing: its config and its weights don't belong together")
         if found[name][0] != shape:
-            raise ValueError(f"{folder}: the tensor {name} has shape {found[name][0]}, config.json says {shape}")
+            raise ValueError(f"{path}: the tensor {name} has shape {found[name][0]}, the config says {shape}")
     if extra := [name for name in found if name not in expected and not harmless(name)]:
-        raise ValueError(f"{folder}: the tensor {extra[0]} is not one of this LLaMA's ({len(extra)} such): config.json doesn't fit")
+        raise ValueError(f"{path}: the tensor {extra[0]} ({len(extra)} such) has no place in the LLaMA of its config")
 
 
 def read_config(
     path: str | Path, original_window: int | None = None, *, scale: float | None = None, rope: str | None = None
 ) -> LLaMAConfig:
-    """The config of a checkpoint, extended as `extend` says; what had to be assumed goes to standard error."""
-    folder = Path(path)
-    if not (folder / "config.json").is_file():
-        what = "has no config.json" if folder.is_dir() else "is not a folder"
-        raise ValueError(f"{folder} {what}: --init takes a Hugging Face LLaMA folder (config.json, model.safetensors)")
-    config, note = parse_config(read_json(folder / "config.json"), original_window)
+    """The config of a checkpoint, extended as `extend` says; what had to be assumed goes to standard error.
+
+    path: whatever `load` takes.
+    """
+    folder = resolve(path)
+    if is_meta(folder):
+        config, note = meta_config(folder, original_window)
+    elif (folder / "config.json").is_file():
+        config, note = parse_config(read_json(folder / "config.json"), original_window)
+    else:
+        raise ValueError(f"{folder} is no checkpoint: it has no config.json (Hugging Face's) or params.json (Meta's)")
     if note:
-        print(f"{folder}: {note}", file=sys.stderr)
+        print(f"{path}: {note}", file=sys.stderr)
     extended = extend(config, scale, rope, insist=rope is not None and original_window is not None)
-    if note and extended != config and config.rope not in ("none", "linear"):
-        raise ValueError(f"{folder}: to extend it, its original window must be known: give --original_window ({note})")
+    if note and extended != config and config.rope not in ("none", "linear") and not is_meta(folder):
+        raise ValueError(f"{path}: to extend it, its original window must be known: give --original_window ({note})")
     return extended
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+def load_tokenizer(path: str | Path, config: LLaMAConfig):
+    """The tokenizer in a checkpoint's folder (data.Tokenizer), with the checkpoint's BOS and EOS.
+    ValueError if there is none, or if it knows more tokens than the model."""
+    import data  # here: data.py is read after this file, and weights alone need none of its libraries
+
+    folder = resolve(path)
+    if is_meta(folder) and not _has_tokenizer(folder):
+        folder = folder.parent  # LLaMA 1 came as tokenizer.model, 7B/, 13B/, ...
+    tokenizer = data.load_tokenizer(folder, config.bos_id, config.first_eos_id)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
+    return tokenizer
+
+
+def _open(path: str | Path, **flags) -> tuple[LLaMA, dict[str, Stored]]:
+    """The model without its weights, on the meta device, and the tensors that fit it, not read yet."""
+    config = read_config(path, **flags)
+    found = stored_tensors(resolve(path))
+    with torch.device("meta"):  # shapes alone: no memory, no time spent on random weights
+        model = LLaMA(config)
+    # a tied head is the embedding under a second name: named_parameters has it once
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    _check(path, expected, found)
+    return model, {name: found[name] for name in expected}
 
 
 def load(
@@ -355,28 +337,23 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> LLaMA:
-    """The model in a folder, in dtype (None: as stored), one tensor in memory at a time beside it.
+    """The model at path, in dtype (None: as stored), one tensor in memory at a time beside it.
 
-    scale and rope extend it as `extend` says. ValueError, with one line, for whatever is wrong with the folder.
+    path: a Hugging Face folder, a hub id owner/name[@revision], or a folder as Meta publishes it.
+    scale and rope extend it as `extend` says. ValueError, with one line, for whatever is wrong with it.
     """
-    folder = Path(path)
-    config = read_config(folder, original_window, scale=scale, rope=rope)
-    found = stored_tensors(folder)
-    with torch.device("meta"):  # shapes alone: no memory, no time spent on random weights
-        model = LLaMA(config)
-    # a tied head is the embedding under a second name: named_parameters has it once
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    _check(config, expected, found, folder)
-    for name in expected:
+    model, found = _open(path, scale=scale, rope=rope, original_window=original_window)
+    bar = tqdm(list(found), f"reading {path}", unit="tensor", leave=False, disable=model.config.n_params < 10**9)
+    for name in bar:
         owner, leaf = name.rsplit(".", 1)
         try:
-            tensor = found[name][1]()
+            tensor = found.pop(name)[1]()
         except (SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{folder}: the tensor {name} can't be read ({error}): download its file again") from None
+            raise ValueError(f"{path}: the tensor {name} can't be read ({error}): download its file again") from None
         if not tensor.is_floating_point() or tensor.itemsize < 2:
-            raise ValueError(f"{folder}: the tensor {name} is {tensor.dtype}: only weights in floating point are read here")
+            raise ValueError(f"{path}: the tensor {name} is {tensor.dtype}, no floating point of at least 16 bits")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device, dtype or tensor.dtype)))
-    if config.tie_embeddings:
+    if model.config.tie_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
     return model
 
@@ -412,7 +389,9 @@ def write_json(path: str | Path, value: object) -> None:
         dump_json(temporary, value)
 
 
-def save(model: LLaMA, path: str | Path, tokenizer=None, *, dtype: torch.dtype | None = None, max_shard_size: float = 5e9) -> None:
+def save(
+    model: LLaMA, path: str | Path, tokenizer=None, *, dtype: torch.dtype | None = None, max_shard_size: float = 5e9
+) -> None:
     """Write model (and tokenizer, anything with .save(folder)) as a Hugging Face folder.
 
     dtype: None keeps each tensor's. max_shard_size: bytes a file; a larger model is sharded with an index.
@@ -420,7 +399,7 @@ def save(model: LLaMA, path: str | Path, tokenizer=None, *, dtype: torch.dtype |
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name if name.startswith("lm_head") else f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    weights = {n if n.startswith("lm_head") else f"model.{n}": p.detach() for n, p in model.named_parameters()}
     shards, sizes = [[]], [0.0]
     for name, weight in weights.items():
         size = weight.numel() * (dtype or weight.dtype).itemsize
@@ -436,7 +415,7 @@ def save(model: LLaMA, path: str | Path, tokenizer=None, *, dtype: torch.dtype |
     # every file is written under its temporary name before the first takes its own: a full disk leaves what was there,
     # and never a mixture of old and new shards
     with ExitStack() as stack:
-        for file, names in zip(files, shards):
+        for file, names in tqdm(list(zip(files, shards)), f"writing {folder}", unit="file", disable=len(files) == 1):
             temporary = stack.enter_context(replacing(folder / file))
             try:
                 save_file({n: weights[n].to("cpu", dtype).contiguous() for n in names}, temporary, {"format": "pt"})
@@ -471,14 +450,20 @@ class Parser(argparse.ArgumentParser):
         sys.exit(_fail(message))
 
 
-def add_model_flags(parser: argparse.ArgumentParser, init: str | None = None) -> None:
-    """--init, --scale, --rope, --original_window, --device, --dtype, --seed."""
+def add_extension_flags(parser: argparse.ArgumentParser) -> None:
+    """--scale, --rope, --original_window."""
     add = parser.add_argument
-    add("--init", default=init, help="the checkpoint: a Hugging Face LLaMA folder")
     add("--scale", type=float, help="the window over the original one, L'/L; None: as the checkpoint is")
     add("--rope", help="what positions do: none, linear (Position Interpolation), ntk, dynamic, yarn, llama3; "
         "None: as the checkpoint is, or linear where --scale extends it")  # fmt: skip
     add("--original_window", type=int, help="the window of pre-training, where the checkpoint doesn't tell")
+
+
+def add_model_flags(parser: argparse.ArgumentParser, init: str | None = None) -> None:
+    """--init, --scale, --rope, --original_window, --device, --dtype, --seed."""
+    add = parser.add_argument
+    add("--init", default=init, help=f"the checkpoint: {FORMS}")
+    add_extension_flags(parser)
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: a GPU where there is one")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 where the GPU has it")
     add("--seed", type=int, default=0, help="of everything random")
@@ -521,3 +506,69 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(_fail(error))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+# ---- python checkpoint.py SRC [DST] ------------------------------------------------------------------------------
+
+
+def describe(path: str | Path, config: LLaMAConfig, tokenizer, dtype: torch.dtype) -> str:
+    """What a checkpoint is, a line for each fact."""
+    shape = attrgetter("n_layer", "n_head", "n_kv_head", "n_embd", "intermediate_size", "vocab_size", "original_window")
+    known = [name for name in PRESETS if shape(LLaMAConfig.preset(name)) == shape(config)]
+    facts = {
+        "checkpoint": f"{path} ({'Meta' if is_meta(resolve(path)) else 'Hugging Face'} folder)",
+        "family": known[0] if known else "LLaMA",
+        "parameters": f"{config.n_params:,}",
+        "layers": config.n_layer,
+        "heads": f"{config.n_head} of {config.head_dim}, {config.n_kv_head} for keys and values",
+        "window": config.block_size,
+        "original window": config.original_window,
+        "method": config.rope,
+        "factor": f"{config.scale:g}",
+        "rope_theta": f"{config.rope_theta:g}",
+        "tokenizer": f"{next(iter(tokenizer.files))}, {tokenizer.vocab_size:,} tokens" if tokenizer else "none",
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    return "\n".join(f"{name:17}{fact}" for name, fact in facts.items())
+
+
+def _bytes(size: str) -> float:
+    """The bytes of "5GB", "200MB", "1e9"."""
+    unit = next((u for u in ("KB", "MB", "GB", "TB") if size.upper().endswith(u)), "")
+    try:
+        number = float(size[: len(size) - len(unit)]) * 1000 ** (["", "KB", "MB", "GB", "TB"].index(unit))
+    except ValueError:
+        number = 0
+    if not 0 < number < math.inf:
+        raise ValueError(f"--max_shard_size {size}: give a size such as 5GB or 200MB")
+    return number
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("src", help=FORMS)
+    add("dst", nargs="?", help="the Hugging Face folder to write; None: only say what SRC is")
+    add_extension_flags(parser)
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of DST; auto: as stored")
+    add("--max_shard_size", default="5GB", help="of each file of DST")
+    args = parser.parse_args()
+    limit, dtype = _bytes(args.max_shard_size), None if args.dtype == "auto" else getattr(torch, args.dtype)
+    folder, flags = resolve(args.src), dict(scale=args.scale, rope=args.rope, original_window=args.original_window)
+    if args.dst and Path(args.dst).resolve() == folder.resolve():
+        raise ValueError(f"{args.dst} is the checkpoint itself: write to another folder")
+    if args.dst:
+        model = load(args.src, **flags)
+        stored = next(model.parameters()).dtype
+    else:
+        model, found = _open(args.src, **flags)
+        stored = found["norm.weight"][1]().dtype
+    some = _has_tokenizer(folder) or is_meta(folder) and _has_tokenizer(folder.parent)
+    tokenizer = load_tokenizer(args.src, model.config) if some else None
+    if args.dst:
+        save(model, args.dst, tokenizer, dtype=dtype, max_shard_size=limit)
+    print(describe(args.dst or args.src, model.config, tokenizer, dtype or stored))
+
+
+if __name__ == "__main__":
+    run(main)

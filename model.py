@@ -7,12 +7,17 @@ Read rope.py first, then this from top to bottom; the forward pass is the order 
     loss = model(ids, targets)         # the mean cross-entropy, the head met in chunks
     ids = model.generate(ids, 100)     # greedy; temperature and top_p for sampling
 
+    python model.py --init FOLDER --prompt "Once upon a time"     # continues it, word by word
+
 Parameters bear the names of Hugging Face's LLaMA, so that checkpoint.py has nothing to rename.
 Shapes: B sequences, T tokens, C = n_embd, H heads, K key/value heads, D = head_dim, V = vocab_size.
 """
 
 import math
-from collections.abc import Iterator
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -65,7 +70,9 @@ class LLaMAConfig:
             raise ValueError(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
         self.rope_frequencies()  # the method and its values are right, or this raises
 
-    def rope_frequencies(self, length: int | None = None, device: torch.device | str | None = None) -> tuple[Tensor, float]:
+    def rope_frequencies(
+        self, length: int | None = None, device: torch.device | str | None = None
+    ) -> tuple[Tensor, float]:
         """rope.rope_frequencies of this config; `length` matters to the method "dynamic" alone."""
         return rope_frequencies(
             self.head_dim, self.rope_theta, self.rope, self.scale, self.original_window,
@@ -111,8 +118,17 @@ PRESETS = {
     "llama3-8b": _shape(32, 32, 4096, 14336, **_LLAMA3),
     "llama3-70b": _shape(80, 64, 8192, 28672, **_LLAMA3),
     "smollm2-135m": _shape(
-        30, 9, 576, 1536, vocab_size=49152, n_kv_head=3, block_size=8192,
-        rope_theta=100000.0, tie_embeddings=True, bos_id=1, eos_id=2,
+        30,
+        9,
+        576,
+        1536,
+        vocab_size=49152,
+        n_kv_head=3,
+        block_size=8192,
+        rope_theta=100000.0,
+        tie_embeddings=True,
+        bos_id=1,
+        eos_id=2,
     ),  # fmt: skip
 }
 
@@ -132,7 +148,9 @@ class RMSNorm(nn.Module):
 class KVCache:
     """Keys (already turned by RoPE) and values of the tokens seen so far, in memory allocated once."""
 
-    def __init__(self, config: LLaMAConfig, batch: int, max_length: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: LLaMAConfig, batch: int, max_length: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
         shape = (config.n_layer, batch, config.n_kv_head, max_length, config.head_dim)
         self.k = torch.empty(shape, device=device, dtype=dtype)
         self.v = torch.empty(shape, device=device, dtype=dtype)
@@ -172,7 +190,9 @@ class Attention(nn.Module):
             k, v = cache.append(layer, k, v)
             if 1 < T < k.size(2):  # several new tokens after some old ones: causal from the lower right corner
                 mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=self.gqa)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=self.gqa
+        )
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -377,3 +397,77 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         scaled = (None if g is None else g * grad_total for g in (grad_hidden, grad_weight))
         return *scaled, None
+
+
+# ---- python model.py --init FOLDER --prompt "..." ---------------------------------------------------------------
+
+
+def text_pieces(tokens: Iterable[int], decode: Callable[[list[int]], str], before: list[int]) -> Iterator[str]:
+    """The text of tokens as they come; `before` are the last tokens of the prompt.
+
+    A token can be half a character, or a word whose space shows only after another word, so each piece is what a
+    token adds to the text of the ones before it, and waits until its last character is whole.
+    """
+    ids, known = list(before), len(before)
+    for token in tokens:
+        ids.append(token)
+        text = decode(ids)
+        if not text.endswith("\ufffd"):
+            yield text[len(decode(ids[:known])) :]
+            ids, known = ids[known:], len(ids) - known
+    yield decode(ids)[len(decode(ids[:known])) :]
+
+
+def main() -> None:
+    from checkpoint import Parser, add_model_flags, load_from_flags, load_tokenizer  # they build on this file
+
+    parser = Parser("Continue a text with a checkpoint, token by token.")
+    add_model_flags(parser, init="out/base")
+    add = parser.add_argument
+    add("--prompt", default="def main(", help="the text to continue, or a file that holds it")
+    add("--max_new_tokens", type=int, default=200, help="how many tokens at most")
+    add("--temperature", type=float, default=0.0, help="0: always the likeliest token; 1: drawn as the model says")
+    add("--top_p", type=float, default=1.0, help="draw among the likeliest tokens that make up this probability")
+    args = parser.parse_args()
+    if args.max_new_tokens < 1 or not args.temperature >= 0 or not 0 < args.top_p <= 1:
+        raise ValueError("--max_new_tokens must be at least 1, --temperature at least 0, --top_p above 0 and at most 1")
+    text = args.prompt
+    if os.path.isfile(text):
+        with open(text, encoding="utf-8", errors="replace") as file:
+            text = file.read()
+    model = load_from_flags(args)
+    config, device, tokenizer = model.config, model.lm_head.weight.device, load_tokenizer(args.init, model.config)
+    ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(text)
+    total = len(ids) + args.max_new_tokens
+    if not ids or total > config.block_size:
+        raise ValueError(
+            f"--prompt and --max_new_tokens are {len(ids)} + {args.max_new_tokens} tokens, the window of {args.init} is "
+            f"{config.block_size}: give fewer (but at least one) or --scale {math.ceil(total / config.original_window)}"
+        )
+    options = dict(
+        temperature=args.temperature, top_p=args.top_p, generator=torch.Generator(device).manual_seed(args.seed)
+    )
+    options["eos_id"] = tokenizer.eos_id if config.eos_id is None else config.eos_id
+    start, times = time.perf_counter(), []
+
+    def tokens() -> Iterator[int]:
+        for token in model.stream(torch.tensor([ids], device=device), args.max_new_tokens, **options):
+            token = token.item()  # waits for the device
+            times.append(time.perf_counter())
+            yield token
+
+    for piece in text_pieces(tokens(), tokenizer.decode, ids[-8:]):
+        print(piece, end="", flush=True)
+    print(flush=True)
+    prefill, decoding = times[0] - start, max(times[-1] - times[0], 1e-9)
+    print(
+        f"prefill: {len(ids)} tokens, {len(ids) / prefill:,.0f} tokens/s; decoding: {len(times)} tokens, "
+        f"{(len(times) - 1) / decoding:,.1f} tokens/s",
+        file=sys.stderr,
+    )
+
+
+if __name__ == "__main__":
+    from checkpoint import run
+
+    run(main)

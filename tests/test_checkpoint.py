@@ -1,25 +1,37 @@
 """checkpoint.py: what transformers writes is read, what is written opens there, and bad input is one line."""
 
+import hashlib
+import http.server
 import json
+import os
 import pickle
+import re
 import resource
 import shutil
+import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import data
+import sources
 from checkpoint import (
     OUR_KEY, Parser, add_model_flags, extend, hf_config, load, load_from_flags, parse_config, read_config, save,
 )  # fmt: skip
-from model import LLaMA, LLaMAConfig
+from model import LLaMA, LLaMAConfig, text_pieces
+from model import main as model_main
 
+ROOT = Path(checkpoint.__file__).parent
 WINDOW = 64  # the original one; the tests read up to 200 tokens
 SMALL = dict(vocab_size=97, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
              max_position_embeddings=WINDOW, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2)  # fmt: skip
@@ -43,11 +55,13 @@ ROPES = {
 IDS = torch.randint(3, 97, (2, 200), generator=torch.Generator().manual_seed(1))
 
 
-def theirs(folder: Path, rope: str = "none", shape: str = "gqa", theta: float = 10000.0, **save_options):
+def theirs(
+    folder: Path, rope: str = "none", shape: str = "gqa", theta: float = 10000.0, size: dict = {}, **save_options
+):
     """A random LLaMA that transformers wrote into folder, its weights large enough for logits of order 1."""
     scaling, more = ROPES[rope]
     parameters = {"rope_type": "default", "rope_theta": theta} | (scaling or {})
-    config = transformers.LlamaConfig(**SMALL | SHAPES[shape] | more, rope_parameters=parameters)
+    config = transformers.LlamaConfig(**SMALL | SHAPES[shape] | more | size, rope_parameters=parameters)
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).eval()
     with torch.no_grad():
@@ -86,6 +100,14 @@ def edit_config(folder: Path, drop: tuple[str, ...] = (), **changes) -> None:
     path = folder / "config.json"
     raw = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in raw.items() if key not in drop}))
+
+
+class Bomb:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
 
 
 @pytest.fixture
@@ -129,7 +151,8 @@ def test_an_extension_opens_in_transformers_with_its_scale(tmp_path: Path, rope:
     save(model, tmp_path / "b")
     assert_same(model, tmp_path / "b")
     again = load(tmp_path / "b")
-    assert replace(again.config, rope_extra={}) == replace(model.config, rope_extra={})  # llama3's defaults are spelled out
+    # rope_extra aside, where llama3's defaults are spelled out
+    assert replace(again.config, rope_extra={}) == replace(model.config, rope_extra={})
     assert again.config.rope_frequencies(200)[0].tolist() == model.config.rope_frequencies(200)[0].tolist()
     assert again.config.block_size == 4 * WINDOW
     assert again.config.rope_theta == 5000.0  # ntk too: the changed theta is in rope_theta, the original in our key
@@ -206,6 +229,318 @@ def test_what_real_folders_carry_beside_the_weights(tmp_path: Path) -> None:
     state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
     save_file(state, path)
     load(tmp_path)
+
+
+# ---- Meta's folders --------------------------------------------------------------------------------------------
+
+# heads, key/value heads, and what params.json says of the MLP: 170 = int(8 * 64 / 3), up to a multiple
+META_SHAPES = {
+    "Llama 2": (dict(num_attention_heads=4, num_key_value_heads=4, intermediate_size=192), {"multiple_of": 32}),
+    "Llama 3": (
+        dict(num_attention_heads=8, num_key_value_heads=4, intermediate_size=224),
+        {"multiple_of": 32, "ffn_dim_multiplier": 1.3, "n_kv_heads": 4, "rope_theta": 500000.0, "vocab_size": 96},
+    ),
+}
+
+
+def write_meta(folder: Path, model, shards: int, family: str) -> None:
+    """model as Meta would publish it on so many processes: rows interleaved, matrices sliced (Megatron's way)."""
+    config, more = model.config, META_SHAPES[family][1]
+    state, files = model.state_dict(), [{} for _ in range(shards)]
+
+    def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
+        size = len(weight) // heads
+        rows = [h * size + half * (size // 2) + j for h in range(heads) for j in range(size // 2) for half in (0, 1)]
+        return weight[rows]
+
+    def put(name: str, weight: torch.Tensor, dim: int | None) -> None:
+        for i, file in enumerate(files):
+            part = weight if dim is None else weight.chunk(shards, dim)[i]
+            file[f"{name}.weight"] = part.clone().contiguous()
+
+    for i in range(config.num_hidden_layers):
+        ours, his = f"layers.{i}.", lambda name, i=i: state[f"model.layers.{i}.{name}.weight"]
+        put(ours + "attention.wq", interleaved(his("self_attn.q_proj"), config.num_attention_heads), 0)
+        put(ours + "attention.wk", interleaved(his("self_attn.k_proj"), config.num_key_value_heads), 0)
+        put(ours + "attention.wv", his("self_attn.v_proj"), 0)
+        put(ours + "attention.wo", his("self_attn.o_proj"), 1)
+        put(ours + "feed_forward.w1", his("mlp.gate_proj"), 0)
+        put(ours + "feed_forward.w2", his("mlp.down_proj"), 1)
+        put(ours + "feed_forward.w3", his("mlp.up_proj"), 0)
+        put(ours + "attention_norm", his("input_layernorm"), None)
+        put(ours + "ffn_norm", his("post_attention_layernorm"), None)
+    put("tok_embeddings", state["model.embed_tokens.weight"], 1 if family == "Llama 2" else 0)
+    put("norm", state["model.norm.weight"], None)
+    put("output", state["lm_head.weight"], 0)
+    folder.mkdir()
+    for i, file in enumerate(files):
+        file["rope.freqs"] = torch.ones(8)
+        torch.save(file, folder / f"consolidated.{i:02d}.pth")
+    params = {"dim": 64, "n_layers": 2, "n_heads": config.num_attention_heads, "norm_eps": 1e-5, "vocab_size": -1}
+    (folder / "params.json").write_text(json.dumps(params | more))
+
+
+def edit_params(folder: Path, **changes) -> None:
+    params = json.loads((folder / "params.json").read_text()) | changes
+    (folder / "params.json").write_text(json.dumps({key: value for key, value in params.items() if value is not None}))
+
+
+def theirs_for_meta(folder: Path, family: str):
+    size, params = META_SHAPES[family]
+    return theirs(folder, theta=params.get("rope_theta", 10000.0), size=dict(vocab_size=96) | size)
+
+
+@pytest.mark.parametrize("family", META_SHAPES)
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_meta_round_trip(tmp_path: Path, family: str, shards: int, monkeypatch, capsys) -> None:
+    model = theirs_for_meta(tmp_path / "hf", family)
+    write_meta(tmp_path / "meta", model, shards, family)
+    loaded = load(tmp_path / "meta")
+    window = {"Llama 2": 4096, "Llama 3": 8192}[family]
+    assert f"{family}'s {window}" in capsys.readouterr().err
+    assert (loaded.config.block_size, loaded.config.vocab_size, loaded.config.eos_id) == (window, 96, 2)
+    ids = IDS % 96
+    with torch.no_grad():
+        want = model(ids).logits
+        torch.testing.assert_close(loaded(ids), want, rtol=0, atol=1e-4)
+        # and a wrong layout would have been seen, by the later positions above all
+        monkeypatch.setattr(sources, "interleaved_to_half", lambda weight, heads: weight)
+        difference = (load(tmp_path / "meta")(ids) - want).abs().amax(dim=(0, 2))
+        assert difference[0] < 1e-4 and difference[20:].min() > 0.1  # at position 0 nothing is turned
+    save(loaded, tmp_path / "out")
+    assert_same(loaded, tmp_path / "out", ids)
+    assert load(tmp_path / "out").config == loaded.config
+
+
+@pytest.mark.parametrize("params, want", [
+    # Meta's params.json: (method, scale, original window, window, intermediate size, theta)
+    ({"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-6, "vocab_size": -1},
+     ("none", 1, 2048, 2048, 11008, 1e4)),  # LLaMA 7B
+    ({"dim": 8192, "multiple_of": 256, "n_heads": 64, "n_layers": 80, "norm_eps": 1e-5, "vocab_size": -1},
+     ("none", 1, 2048, 2048, 22016, 1e4)),  # LLaMA 65B
+    ({"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-5, "vocab_size": -1},
+     ("none", 1, 4096, 4096, 11008, 1e4)),  # Llama 2 7B
+    ({"dim": 8192, "multiple_of": 4096, "ffn_dim_multiplier": 1.3, "n_heads": 64, "n_kv_heads": 8, "n_layers": 80,
+      "norm_eps": 1e-5, "vocab_size": -1}, ("none", 1, 4096, 4096, 28672, 1e4)),  # Llama 2 70B
+    ({"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 256, "ffn_dim_multiplier": 1.0, "norm_eps": 1e-5,
+      "rope_theta": 1000000}, ("none", 1, 16384, 16384, 11008, 1e6)),  # Code Llama 7B
+    ({"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256, "multiple_of": 1024,
+      "ffn_dim_multiplier": 1.3, "norm_eps": 1e-5, "rope_theta": 500000.0}, ("none", 1, 8192, 8192, 14336, 5e5)),  # 3 8B
+    ({"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256, "multiple_of": 1024,
+      "ffn_dim_multiplier": 1.3, "norm_eps": 1e-5, "rope_theta": 500000.0, "use_scaled_rope": True},
+     ("llama3", 8, 8192, 131072, 14336, 5e5)),  # 3.1 8B
+    ({"dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256, "multiple_of": 256,
+      "ffn_dim_multiplier": 1.5, "norm_eps": 1e-5, "rope_theta": 500000.0, "use_scaled_rope": True},
+     ("llama3", 32, 8192, 131072, 8192, 5e5)),  # 3.2 1B
+])  # fmt: skip
+def test_meta_params_in_the_wild(tmp_path: Path, params: dict, want: tuple, monkeypatch, capsys) -> None:
+    vocab_size = params.get("vocab_size", -1)
+    vocab_size = 32000 if vocab_size < 0 else vocab_size
+    tensors = dict.fromkeys(("embed_tokens.weight", "lm_head.weight"), ((vocab_size, params["dim"]), None))
+    monkeypatch.setattr(sources, "_meta_tensors", lambda folder: tensors)
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    config = read_config(tmp_path)
+    fields = attrgetter("rope", "scale", "original_window", "block_size", "intermediate_size", "rope_theta")
+    assert fields(config) == want and config.vocab_size == vocab_size
+    assert (config.bos_id, config.eos_id) == ((1, 2) if vocab_size == 32000 else (128000, 128001))
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--original_window" in error and str(want[2]) in error
+    if config.rope == "llama3":
+        rope = {"rope_type": "llama3", "factor": config.scale, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192, "rope_theta": 500000.0}  # fmt: skip
+        hf = transformers.LlamaConfig(
+            hidden_size=params["dim"], num_attention_heads=32, max_position_embeddings=131072, rope_parameters=rope
+        )
+        exact = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(hf).inv_freq
+        torch.testing.assert_close(config.rope_frequencies()[0], exact, rtol=1e-5, atol=0)
+    assert read_config(tmp_path, original_window=want[2]) == config and capsys.readouterr().err == ""
+    assert read_config(tmp_path, original_window=1024).original_window == 1024
+
+
+def test_meta_extends_like_any_other(tmp_path: Path) -> None:
+    write_meta(tmp_path / "meta", theirs_for_meta(tmp_path / "hf", "Llama 2"), 2, "Llama 2")
+    model = load(tmp_path / "meta", scale=4, original_window=WINDOW)
+    assert (model.config.rope, model.config.original_window, model.config.block_size) == ("linear", WINDOW, 4 * WINDOW)
+    save(model, tmp_path / "out")
+    assert_same(model, tmp_path / "out", IDS % 96)
+
+
+def test_meta_folders_that_are_wrong(tmp_path: Path) -> None:
+    folder = tmp_path / "meta"
+    write_meta(folder, theirs_for_meta(tmp_path / "hf", "Llama 3"), 2, "Llama 3")
+    first, second = folder / "consolidated.00.pth", folder / "consolidated.01.pth"
+    whole, params = second.read_bytes(), (folder / "params.json").read_text()
+    state = torch.load(second)
+
+    second.unlink()
+    raises(folder, "has shape")  # half of every matrix
+    second.write_bytes(whole[: len(whole) // 2])
+    raises(folder, "consolidated.01.pth")
+    second.rename(folder / "consolidated.02.pth")
+    raises(folder, "consolidated.01.pth is missing")
+    (folder / "consolidated.02.pth").unlink()
+    torch.save({key: value for key, value in state.items() if "layers.1.attention.wv" not in key}, second)
+    raises(folder, "consolidated.01.pth", "layers.1.attention.wv")
+    torch.save(state | {"layers.0.attention.wv.weight": torch.zeros(3, 64)}, second)
+    raises(folder, "consolidated.01.pth", "layers.0.attention.wv")
+    torch.save(state | {"bomb": Bomb(tmp_path / "ran")}, second)
+    raises(folder, "consolidated.01.pth")
+    assert not (tmp_path / "ran").exists()
+    second.write_bytes(whole)
+    load(folder)
+    for name in ("layers.0.attention.wq.bias", "something"):
+        for path in (first, second):
+            torch.save(torch.load(path) | {name: torch.zeros(32)}, path)
+        raises(folder, name)
+        for path in (first, second):
+            torch.save({key: value for key, value in torch.load(path).items() if key != name}, path)
+    for change, word in (
+        ({"dim": None}, "dim"), ({"dim": "64"}, "dim"), ({"n_heads": 7}, "n_head"), ({"n_heads": 0}, "n_heads"),
+        ({"n_kv_heads": 3}, "n_kv_head"), ({"n_layers": 3}, "layers.2"), ({"n_layers": 1}, "layers.1"),
+        ({"multiple_of": 50}, "gate_proj"), ({"ffn_dim_multiplier": "x"}, "ffn_dim_multiplier"),
+        ({"vocab_size": 95}, "embed_tokens"), ({"rope_theta": 0.5}, "rope_theta"), ({"dim": 32}, "shape"),
+    ):  # fmt: skip
+        edit_params(folder, **change)
+        raises(folder, word)
+        (folder / "params.json").write_text(params)
+    (folder / "params.json").write_text("{")
+    raises(folder, "params.json")
+    for path in (first, second):
+        path.unlink()
+    (folder / "params.json").write_text(params)
+    raises(folder, "consolidated.00.pth is missing")
+
+
+# ---- hub ids -----------------------------------------------------------------------------------------------------
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+HUB_SCRIPT = """
+import json, sys
+from sources import resolve
+for init in sys.argv[1:]:
+    try:
+        print(json.dumps({"folder": str(resolve(init))}))
+    except ValueError as error:
+        print(json.dumps({"error": str(error)}))
+"""
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub as a download needs: repos {name: folder}, and their one revision, main."""
+
+    repos: dict[str, Path] = {}
+    sent: list[tuple[str, str]] = []
+
+    def do_GET(self) -> None:
+        path = self.path.split("?")[0].strip("/")
+        if "/gated" in path and "/resolve/" in path:  # anyone may see what is there, but not have it
+            return self.answer(403, error="GatedRepo")
+        if "/broken" in path:
+            return self.answer(500)
+        name = next((name for name in self.repos if f"{name}/" in f"{path}/"), None)
+        if name is None:
+            return self.answer(401, error="RepoNotFound")
+        folder, rest = self.repos[name], path.split(name, 1)[1].strip("/")
+        files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+        if rest in ("", "revision/main", f"revision/{SHA}"):
+            info = {
+                "id": name,
+                "sha": SHA,
+                "siblings": [{"rfilename": str(file.relative_to(folder))} for file in files],
+            }
+            return self.answer(200, json.dumps(info).encode())
+        if rest.startswith(f"tree/{SHA}"):
+            tree = [{"type": "file", "oid": hashlib.sha1(file.read_bytes()).hexdigest(), "size": file.stat().st_size,
+                     "path": file.relative_to(folder).as_posix()} for file in files]  # fmt: skip
+            return self.answer(200, json.dumps(tree).encode())
+        if rest.startswith(f"resolve/{SHA}/"):
+            file = rest.removeprefix(f"resolve/{SHA}/")
+            self.sent.append((name, file))
+            return self.answer(200, (folder / file).read_bytes())
+        self.answer(404, error="RevisionNotFound")
+
+    do_HEAD = do_GET
+
+    def answer(self, status: int, body: bytes = b"", error: str | None = None) -> None:
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(body)), "X-Repo-Commit": SHA, "X-Error-Code": error,
+                           "ETag": f'"{hashlib.sha1(body).hexdigest()}"'}.items():  # fmt: skip
+            if value is not None:
+                self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+def in_a_process(*command: object, **environment: str) -> subprocess.CompletedProcess:
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | environment
+    words = [sys.executable, *map(str, command)]
+    return subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=env, timeout=300)
+
+
+def test_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a hub on this machine: what is fetched, what is found again without it, and every way to fail."""
+    source, meta = tmp_path / "source", tmp_path / "meta"
+    model = theirs_for_meta(source, "Llama 2")
+    write_meta(meta, model, 2, "Llama 2")
+    for name in ("README.md", "tokenizer.model", "consolidated.safetensors", "pytorch_model.bin"):
+        (source / name).write_text("x")
+    (source / "original").mkdir()
+    for name in ("model.safetensors", "params.json"):
+        (source / "original" / name).write_text("x")
+    shutil.copytree(source, tmp_path / "bin")
+    torch.save(model.state_dict(), tmp_path / "bin" / "pytorch_model.bin")
+    (tmp_path / "bin" / "model.safetensors").unlink()
+    (tmp_path / "nothing").mkdir()
+    Hub.repos = {"owner/model": source, "owner/bin": tmp_path / "bin", "owner/meta": meta, "owner/gated": source}
+    Hub.repos["owner/nothing"] = tmp_path / "nothing"
+    Hub.sent = []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    home, endpoint = str(tmp_path / "cache"), f"http://127.0.0.1:{server.server_port}"
+    good = ["owner/model", "owner/bin@main", "owner/meta", f"owner/model@{SHA}"]
+    bad = ["owner/gated", "owner/missing", "owner/model@v2", "owner/broken", "owner/nothing"]
+    result = in_a_process("-c", HUB_SCRIPT, *good, *bad, HF_ENDPOINT=endpoint, HF_HOME=home, HF_HUB_OFFLINE="0")
+    server.shutdown()
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(lines) == len(good + bad), result
+    folders, errors = [line["folder"] for line in lines[:4]], [line["error"] for line in lines[4:]]
+    small = ["config.json", "generation_config.json", "tokenizer.model"]
+    for name, files in (("owner/model", [*small, "model.safetensors"]), ("owner/bin", [*small, "pytorch_model.bin"]),
+                        ("owner/meta", ["params.json", "consolidated.00.pth", "consolidated.01.pth"])):  # fmt: skip
+        assert {file for repo, file in Hub.sent if repo == name} == set(files)
+    assert folders[3] == folders[0]
+    for folder in folders:
+        with torch.no_grad():
+            torch.testing.assert_close(load(folder)(IDS % 96), model(IDS % 96).logits, rtol=0, atol=1e-4)
+    for init, error, words in zip(bad, errors, (["gated", "licence", "hf auth login"], ["neither a folder", "private"],
+                                                ["no revision 'v2'"], ["can't be reached (HfHubHTTPError)"], ["no weights"])):  # fmt: skip
+        assert error.startswith(init) and "\n" not in error, error
+        for word in words:
+            assert word in error, error
+
+    # without it: what is in the cache is enough, and the rest is one line
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert [str(sources.resolve(init)) for init in good] == folders
+    raises("owner/other", "owner/other", "not a folder here", "cache", "HF_HUB_OFFLINE", "or give a folder")
+    raises("owner/model@v2", "owner/model@v2", "cache")
+
+    # the whole way, as a user would: what is it?
+    shown = in_a_process("checkpoint.py", "owner/meta", "--scale", 2, HF_HOME=home, HF_HUB_OFFLINE="1")
+    assert shown.returncode == 0 and shown.stderr.count("\n") == 1, shown
+    assert re.search(r"^window +8192$", shown.stdout, re.M) and re.search(r"^method +linear$", shown.stdout, re.M)
+
+
+@pytest.mark.parametrize("init", ["", "a b", "a/b/c", "/nowhere/at/all", "../x", "a/b@", "@x", "owner/na me", "-x/y z"])
+def test_neither_a_folder_nor_an_id(init: str) -> None:
+    if init:
+        raises(init, init, "neither a folder nor a hub id")
+    else:
+        raises("", "no checkpoint")  # the current folder
 
 
 # ---- what a config.json says ---------------------------------------------------------------------------------
@@ -333,7 +668,8 @@ def test_our_key_must_agree_with_the_others(tmp_path: Path, change: dict) -> Non
     raw = json.loads((tmp_path / "b" / "config.json").read_text())
     edit_config(tmp_path / "b", **{OUR_KEY: raw[OUR_KEY] | change})
     raises(tmp_path / "b")
-    edit_config(tmp_path / "b", **{OUR_KEY: raw[OUR_KEY]}, rope_scaling=None)  # as a tool that drops the scale leaves it
+    # as a tool that drops the scale leaves it
+    edit_config(tmp_path / "b", **{OUR_KEY: raw[OUR_KEY]}, rope_scaling=None)
     raises(tmp_path / "b", "contradicts itself", OUR_KEY)
 
 
@@ -353,7 +689,9 @@ NTK = LLaMAConfig(block_size=256, original_window=64, scale=4.0, rope="ntk")
 DYNAMIC = LLaMAConfig(block_size=256, original_window=64, scale=4.0, rope="dynamic")
 YARN_4 = LLaMAConfig(block_size=256, original_window=64, scale=4.0, rope="yarn",
                      rope_extra={"beta_fast": 16.0, "attention_factor": 1.5})  # fmt: skip
-LLAMA31 = LLaMAConfig(block_size=1024, original_window=64, scale=8.0, rope="llama3", rope_extra={"low_freq_factor": 2.0})
+LLAMA31 = LLaMAConfig(
+    block_size=1024, original_window=64, scale=8.0, rope="llama3", rope_extra={"low_freq_factor": 2.0}
+)
 REFUSED = "refused"
 
 
@@ -526,7 +864,9 @@ def test_shards(sharded: Path) -> None:
     raises(sharded, checkpoint.INDEX)
 
 
-@pytest.mark.parametrize("where", ["../outside.safetensors", "/{}/outside.safetensors", "a/../../outside.safetensors", "..", "."])
+@pytest.mark.parametrize(
+    "where", ["../outside.safetensors", "/{}/outside.safetensors", "a/../../outside.safetensors", "..", "."]
+)
 def test_an_index_does_not_leave_its_folder(tmp_path: Path, where: str) -> None:
     theirs(tmp_path / "in", max_shard_size="60KB")
     path = tmp_path / "in" / checkpoint.INDEX
@@ -553,15 +893,7 @@ def test_tensors_that_do_not_fit(folder: Path) -> None:
     raises(folder, "lm_head.weight is missing")
     for dtype in (torch.int8, torch.float8_e4m3fn, torch.int32):
         save_file(state | {name: state[name].to(dtype)}, path)
-        raises(folder, "k_proj.weight is torch.", "floating point")
-
-
-class Bomb:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
+        raises(folder, "k_proj.weight is torch.", "no floating point")
 
 
 def test_a_pickle_is_not_run(folder: Path, tmp_path: Path) -> None:
@@ -600,7 +932,7 @@ def largest_file(size: int):
 
 
 @pytest.mark.parametrize("limit", [100, 70_000])  # not even config.json; the first shards, but not the largest
-def test_a_full_disk_leaves_what_was_there(tmp_path: Path, limit: int) -> None:
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path, limit: int, capsys) -> None:  # capsys: output to no file
     theirs(tmp_path / "a")
     model = load(tmp_path / "a")
     save(model, tmp_path / "b", max_shard_size=90e3)
@@ -699,3 +1031,141 @@ def test_what_run_catches(command) -> None:
     assert command(fail(KeyboardInterrupt()))[0] == 130
     with pytest.raises(ZeroDivisionError):  # a fault of ours keeps its traceback
         command(fail(ZeroDivisionError()))
+
+
+# ---- python checkpoint.py and python model.py ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def with_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with a tokenizer, as transformers would keep it beside generation_config.json."""
+    folder = tmp_path_factory.mktemp("with_tokenizer")
+    theirs(folder, size=dict(vocab_size=300, bos_token_id=None, eos_token_id=None))
+    tokenizer = data.train_tokenizer(["def f(x): return x + 1\n" * 50, "naïve café 🎉\n" * 20], 300)
+    tokenizer.save(folder)
+    edit_config(folder, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
+    (folder / "special_tokens_map.json").write_text('{"bos_token": "<s>"}')
+    return folder
+
+
+TRAVELS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+
+
+def facts(out: str) -> dict[str, str]:
+    return dict(re.split(r"  +", line, maxsplit=1) for line in out.splitlines())
+
+
+def test_what_is_it(with_tokenizer: Path, tmp_path: Path, command) -> None:
+    code, out, error = command(checkpoint.main, with_tokenizer)
+    assert (code, error) == (0, "")
+    found = facts(out)
+    assert found["checkpoint"].startswith(str(with_tokenizer)) and "Hugging Face" in found["checkpoint"]
+    number = sum(p.numel() for p in load(with_tokenizer).parameters())
+    assert found | {
+        "family": "LLaMA", "parameters": f"{number:,}", "layers": "2", "heads": "4 of 16, 2 for keys and values",
+        "window": "64", "original window": "64", "method": "none", "factor": "1", "rope_theta": "10000",
+        "tokenizer": f"tokenizer.json, {data.load_tokenizer(with_tokenizer).vocab_size} tokens", "dtype": "float32",
+    } == found  # fmt: skip
+    found = facts(command(checkpoint.main, with_tokenizer, "--scale", 8, "--rope", "yarn")[1])
+    assert (found["window"], found["original window"], found["method"], found["factor"]) == ("512", "64", "yarn", "8")
+    write_meta(tmp_path / "meta", theirs_for_meta(tmp_path / "hf", "Llama 2"), 2, "Llama 2")
+    code, out, error = command(checkpoint.main, tmp_path / "meta")
+    assert code == 0 and error.count("\n") == 1 and "Meta folder" in out and facts(out)["tokenizer"] == "none"
+
+
+def test_families_are_known_by_their_shape() -> None:
+    for name, raw in (("llama-7b", LLAMA1_7B), ("llama2-7b", LLAMA2_7B), ("llama3-8b", LLAMA31_8B)):
+        described = facts(checkpoint.describe(".", parse_config(raw)[0], None, torch.bfloat16))
+        assert described["family"] == name and described["dtype"] == "bfloat16"
+
+
+def test_convert(with_tokenizer: Path, tmp_path: Path, command) -> None:
+    flags = ("--scale", 4, "--dtype", "bfloat16", "--max_shard_size", "60KB")
+    code, out, error = command(checkpoint.main, with_tokenizer, tmp_path / "out", *flags)
+    assert code == 0, error
+    assert facts(out)["checkpoint"].startswith(str(tmp_path / "out"))
+    assert (facts(out)["dtype"], facts(out)["method"], facts(out)["window"]) == ("bfloat16", "linear", "256")
+    for name in TRAVELS:
+        assert (tmp_path / "out" / name).read_bytes() == (with_tokenizer / name).read_bytes(), name
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    assert_same(load(tmp_path / "out", dtype=torch.float32), tmp_path / "out", IDS)
+    theirs_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    ours = checkpoint.load_tokenizer(tmp_path / "out", read_config(tmp_path / "out"))
+    assert theirs_tokenizer.encode("def café", add_special_tokens=False) == ours.encode("def café")
+    # and from there on: composed from the original window, in one file, to another dtype
+    assert command(checkpoint.main, tmp_path / "out", tmp_path / "more", "--scale", 8, "--dtype", "float16")[0] == 0
+    config = read_config(tmp_path / "more")
+    assert (config.scale, config.block_size, config.original_window) == (8, 512, 64)
+    assert {t.dtype for t in load_file(tmp_path / "more" / "model.safetensors").values()} == {torch.float16}
+    # a Meta folder, its tokenizer one folder up, as LLaMA 1 came
+    write_meta(tmp_path / "7B", theirs_for_meta(tmp_path / "hf", "Llama 2"), 2, "Llama 2")
+    assert command(checkpoint.main, tmp_path / "7B", tmp_path / "from_meta", "--original_window", 64)[0] == 0
+    assert_same(load(tmp_path / "7B", original_window=64), tmp_path / "from_meta", IDS % 96)
+    assert read_config(tmp_path / "from_meta").original_window == 64
+
+
+def test_convert_writes_nothing_on_bad_input(with_tokenizer: Path, tmp_path: Path, command) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(with_tokenizer, source)
+    before = {path: path.read_bytes() for path in source.iterdir()}
+    (tmp_path / "link").symlink_to(source)
+    (tmp_path / "file").write_text("x")
+    for arguments, *words in (
+        ((source, source), "checkpoint itself"), ((source, tmp_path / "link"), "checkpoint itself"),
+        ((source, out, "--scale", "0.5"), "scale"), ((source, out, "--rope", "magic"), "magic"),
+        ((source, out, "--dtype", "int8"), "--dtype"), ((source, out, "--max_shard_size", "big"), "--max_shard_size big"),
+        ((source, out, "--max_shard_size", "0"), "--max_shard_size"), ((tmp_path / "none", out), "none"), ((), "src"),
+        ((source, tmp_path / "file"), "file"), ((source, tmp_path / "file" / "out"), "file"),
+    ):  # fmt: skip
+        assert_one_line(command(checkpoint.main, *arguments), *words)
+    tokenizer = data.train_tokenizer([Path(checkpoint.__file__).read_text()], 310)
+    (source / "tokenizer.json").write_bytes(tokenizer.files["tokenizer.json"])
+    assert_one_line(command(checkpoint.main, source, out), "tokenizer")  # another model's
+    (source / "tokenizer.json").write_text("{")
+    assert_one_line(command(checkpoint.main, source, out), "tokenizer.json")
+    (source / "tokenizer.json").write_bytes(before[source / "tokenizer.json"])
+    (source / "model.safetensors").write_bytes(before[source / "model.safetensors"][:-9])
+    assert_one_line(command(checkpoint.main, source, out), "model.safetensors")
+    (source / "model.safetensors").write_bytes(before[source / "model.safetensors"])
+    assert {path: path.read_bytes() for path in source.iterdir()} == before
+    assert not out.exists() and (tmp_path / "file").read_text() == "x"
+
+
+def test_generate(with_tokenizer: Path, tmp_path: Path, command) -> None:
+    flags = ("--init", with_tokenizer, "--device", "cpu", "--max_new_tokens", 12)
+    code, out, error = command(model_main, *flags, "--prompt", "def f(x): naïve")
+    assert code == 0 and re.fullmatch(
+        r"prefill: \d+ tokens, [\d,]+ tokens/s; decoding: \d+ tokens, [\d,.]+ tokens/s\n", error
+    )
+    tokenizer, model = data.load_tokenizer(with_tokenizer), load(with_tokenizer)
+    ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode("def f(x): naïve")]])
+    made = model.generate(ids, 12, eos_id=tokenizer.eos_id)[0, ids.size(1) :].tolist()
+    assert out == tokenizer.decode(made) + "\n"
+    (tmp_path / "prompt.txt").write_text("def f(x): naïve", encoding="utf-8")
+    assert command(model_main, *flags, "--prompt", tmp_path / "prompt.txt")[1] == out
+    sampled = [command(model_main, *flags, "--temperature", 2, "--top_p", 0.9, "--seed", seed)[1] for seed in (0, 0, 1)]
+    assert sampled[0] == sampled[1] != sampled[2]
+    for bad, *words in (
+        (["--max_new_tokens", 0], "--max_new_tokens"), (["--temperature", -1], "--temperature"),
+        (["--top_p", 0], "--top_p"), (["--prompt", "x" * 200], "--prompt", "window", "--scale 4"),
+        (["--temperature", "nan"], "--temperature"),
+    ):  # fmt: skip
+        assert_one_line(command(model_main, *flags, *bad), *words)
+    assert command(model_main, *flags, "--prompt", "x" * 200, "--scale", 4)[0] == 0
+
+
+def test_pieces_make_up_the_text() -> None:
+    """Byte by byte, and with a decoder that drops the first space as sentencepiece does."""
+    text = "naïve café 🎉🎉 end"
+    pieces = list(text_pieces(iter(text.encode()), lambda ids: bytes(ids).decode("utf-8", "replace"), list(b"so ")))
+    assert "".join(pieces) == text and "🎉" in pieces and not any("\ufffd" in piece for piece in pieces)
+    words = ["▁one", "▁two", "three", "▁four"]
+    pieces = list(text_pieces([1, 2, 3], lambda ids: "".join(words[i] for i in ids).replace("▁", " ")[1:], [0]))
+    assert pieces[:3] == [" two", "three", " four"]
+    cut = "🎉".encode()[:3]
+    assert "".join(text_pieces(cut, lambda ids: bytes(ids).decode("utf-8", "replace"), [65])) == "\ufffd"  # never whole
+
+
+def test_model_py_as_it_is_run(with_tokenizer: Path) -> None:
+    shown = in_a_process("model.py", "--init", with_tokenizer, "--prompt", "def", "--max_new_tokens", 3)
+    assert shown.returncode == 0 and shown.stderr.startswith("prefill: "), shown

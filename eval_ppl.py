@@ -279,8 +279,9 @@ def evaluation_parser(doc: str) -> Parser:
     checkpoint.add_model_flags(parser)
     add = parser.add_argument
     add("--batch_size", type=int, help=f"sequences at a time; None: as many as make {BATCH_TOKENS} tokens")
-    add("--json", help="the results; None: beside the checkpoint, or beside the folders of several")
-    add("--plot", help="the picture, .png, .svg or .pdf; None: beside the checkpoint, or beside the folders of several")
+    place = "None: in the checkpoint's folder (out/NAME for one from the hub), or beside the first of several"
+    add("--json", help=f"the results; {place}")
+    add("--plot", help=f"the picture, .png, .svg or .pdf; {place}")
     return parser
 
 
@@ -310,8 +311,12 @@ def prepare(args: argparse.Namespace, stem: str) -> list[LLaMAConfig]:
             with redirect_stderr(io.StringIO()):  # what had to be assumed is said when the weights are loaded
                 configs.append(checkpoint.read_config(name, args.original_window, scale=args.scale, rope=args.rope))
         except ValueError as error:
-            raise ValueError(error if name in str(error) else f"{name}: {error}") from None
-    folder = Path(args.init[0]) if len(args.init) == 1 else Path(args.init[0]).parent
+            raise ValueError(error if name in str(error) else f"{name}: {error}") from None  # several: which one is it
+    folder = Path(args.init[0])
+    if not folder.is_dir():  # a hub id: its files lie in a cache, where nobody looks
+        folder = Path("out", folder.name.split("@")[0])
+    if len(args.init) > 1:
+        folder = folder.parent
     for flag, suffixes in (("json", (".json",)), ("plot", (".png", ".svg", ".pdf"))):
         given = getattr(args, flag)
         path = Path(given or folder / f"{stem}{suffixes[0]}")
@@ -338,12 +343,7 @@ def check_window(name: str, config: LLaMAConfig, window: int, flag: str) -> None
 def open_checkpoint(args: argparse.Namespace, name: str) -> tuple[LLaMA, data.Tokenizer]:
     """One of the checkpoints of --init and its tokenizer."""
     model = checkpoint.load_from_flags(argparse.Namespace(**vars(args) | {"init": name}))
-    eos = model.config.eos_id
-    tokenizer = data.load_tokenizer(name, model.config.bos_id, eos[0] if isinstance(eos, tuple) else eos)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        sizes = f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
-        raise ValueError(f"{name}: {sizes}: they don't belong together")
-    return model, tokenizer
+    return model, checkpoint.load_tokenizer(name, model.config)
 
 
 # ---- main --------------------------------------------------------------------------------------------------------

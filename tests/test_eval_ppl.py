@@ -342,3 +342,19 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(run, folder, tmp_path
     code, out, err = run("--init", str(tmp_path / "small"), "--data", "text")
     assert code == 2 and out == "" and err.count("\n") == 1
     assert "300 tokens" in err and "200" in err and not (tmp_path / "p.json").exists()
+
+
+def test_results_go_beside_the_checkpoint(folder, tmp_path, monkeypatch):
+    """For a hub id, whose files lie in a cache, into out/NAME."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoint, "read_config", lambda name, *_, **__: None)
+
+    def place(*init):
+        args = eval_ppl.parse(["--init", *init, "--device", "cpu"])
+        eval_ppl.prepare(args, "ppl")
+        return str(args.json), str(args.plot)
+
+    assert place(f"{folder}/base") == (f"{folder}/base/ppl.json", f"{folder}/base/ppl.png")
+    assert place(f"{folder}/base", f"{folder}/pi") == (f"{folder}/ppl.json", f"{folder}/ppl.png")
+    assert place("owner/Name-7b@main") == ("out/Name-7b/ppl.json", "out/Name-7b/ppl.png")
+    assert place("owner/Name-7b", f"{folder}/pi") == ("out/ppl.json", "out/ppl.png")

@@ -69,6 +69,7 @@ def _rope_keys(raw: dict) -> tuple[str, dict]:
         if not isinstance(raw.get(key) or {}, dict):
             raise ValueError(f"config.json: {key} should be a JSON object or null, found {raw[key]!r}")
         rope |= raw.get(key) or {}
+    rope = {key: value for key, value in rope.items() if value is not None}
     method = rope.get("rope_type", rope.get("type", "default"))
     method = "none" if method == "default" else method
     if method not in ("none", "linear", "dynamic", "yarn", "llama3"):
@@ -76,7 +77,6 @@ def _rope_keys(raw: dict) -> tuple[str, dict]:
     extras = EXTRAS.get(method, ())
     if unknown := set(rope) - KNOWN - set(extras):
         raise ValueError(f"config.json: rope type {method!r} has keys unknown here: {', '.join(sorted(unknown))}")
-    rope = {key: value for key, value in rope.items() if value is not None}
 
     needed = {*SHAPE.values()} | (set() if method == "none" else {"factor"})
     whole = {*SHAPE.values(), "num_key_value_heads", "head_dim", "bos_token_id", "max_sequence_length", ORIGINAL}
@@ -92,19 +92,18 @@ def _rope_keys(raw: dict) -> tuple[str, dict]:
 def parse_config(raw: dict, original_window: int | None = None) -> tuple[LLaMAConfig, str]:
     """What a Hugging Face config.json says, and a note on what had to be assumed ("" where nothing was).
 
-    max_position_embeddings M means different things beside `linear` and `dynamic`: the original window in Vicuna
-    and LongChat (engines multiply it by the factor), the extended one in LLaMA-2-7B-32K and NeMo's exports. In
-    order of trust: original_window; our own key; original_max_position_embeddings; max_sequence_length; else M is
-    the original, unless no LLaMA was pre-trained at such a window without a method of its own: more than 8,192, or
-    more than 4,096 with the theta of Llama 1 and 2. For yarn and llama3 without the original, M is it, as in
-    transformers. ValueError for what is not a LLaMA or contradicts itself.
+    max_position_embeddings M means different things beside `linear`: the original window in Vicuna and LongChat
+    (engines multiply it by the factor), the extended one in LLaMA-2-7B-32K and NeMo's exports. In order of trust:
+    original_window; our own key; original_max_position_embeddings; max_sequence_length; else M is the original,
+    unless no LLaMA was pre-trained at such a window without a method of its own: more than 8,192, or more than 4,096
+    with the theta of Llama 1 and 2. Where the angles depend on it, M means what transformers takes it for: beside
+    dynamic the original window, and beside yarn and llama3 too where they don't name it. ValueError for what is not
+    a LLaMA or contradicts itself.
     """
     method, rope = _rope_keys(raw)
     eos, scale = raw.get("eos_token_id"), float(rope.get("factor", 1.0))
     if not all(type(i) is int for i in (eos if isinstance(eos, list) else [eos]) if i is not None):
         raise ValueError(f"config.json: eos_token_id should be a token id or a list of them, found {eos!r}")
-    if original_window is not None and original_window < 1:
-        raise ValueError(f"--original_window must be a positive number of tokens, got {original_window}")
     config = LLaMAConfig(
         **{name: raw[key] for name, key in SHAPE.items()},
         n_kv_head=raw.get("num_key_value_heads") or 0,
@@ -126,7 +125,10 @@ def parse_config(raw: dict, original_window: int | None = None) -> tuple[LLaMACo
         if original > window:
             raise ValueError(f"--original_window {original} is above the checkpoint's window {window}: leave it out")
         scale = window / original
-    elif method in ("linear", "dynamic"):
+    elif method == "dynamic":
+        original = original_window or window
+        window = round(original * scale)
+    elif method == "linear":
         if original is None:
             trained = 4096 if config.rope_theta == 10000.0 else 8192
             extended = longest == window and scale > 1 or longest is None and window > trained
@@ -246,8 +248,8 @@ def extend(
         asked = f"--rope {rope}" if rope != config.rope else f"--scale {scale:g}"
         raise ValueError(
             f"{asked}: the checkpoint is already extended by rope {config.rope!r} at scale {config.scale:g} of its "
-            f"original window {config.original_window}: leave it out, give a larger scale of that method, or say it twice, "
-            "with --rope and --original_window"
+            f"original window {config.original_window}: leave it out, give a larger scale of that method, or insist "
+            "with --rope and --original_window together"
         )
     if rope == config.rope and scale == config.scale:
         return config  # as it is: a window that is no product of the two (Llama 3.1's) stays
@@ -283,6 +285,8 @@ def read_config(
 
     path: whatever `load` takes.
     """
+    if original_window is not None and original_window < 1:
+        raise ValueError(f"--original_window must be a positive number of tokens, got {original_window}")
     folder = resolve(path)
     if is_meta(folder):
         config, note = meta_config(folder, original_window)
@@ -293,7 +297,7 @@ def read_config(
     if note:
         print(f"{path}: {note}", file=sys.stderr)
     extended = extend(config, scale, rope, insist=rope is not None and original_window is not None)
-    if note and extended != config and config.rope not in ("none", "linear") and not is_meta(folder):
+    if note and extended != config and config.rope in ("yarn", "llama3") and not is_meta(folder):
         raise ValueError(f"{path}: to extend it, its original window must be known: give --original_window ({note})")
     return extended
 

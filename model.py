@@ -118,17 +118,8 @@ PRESETS = {
     "llama3-8b": _shape(32, 32, 4096, 14336, **_LLAMA3),
     "llama3-70b": _shape(80, 64, 8192, 28672, **_LLAMA3),
     "smollm2-135m": _shape(
-        30,
-        9,
-        576,
-        1536,
-        vocab_size=49152,
-        n_kv_head=3,
-        block_size=8192,
-        rope_theta=100000.0,
-        tie_embeddings=True,
-        bos_id=1,
-        eos_id=2,
+        30, 9, 576, 1536, vocab_size=49152, n_kv_head=3, block_size=8192,
+        rope_theta=100000.0, tie_embeddings=True, bos_id=1, eos_id=2,
     ),  # fmt: skip
 }
 
@@ -309,8 +300,8 @@ class LLaMA(nn.Module):
         eos_id: int | tuple[int, ...] | None = None, generator: torch.Generator | None = None,
     ) -> Iterator[Tensor]:  # fmt: skip
         """Yield the next tokens (B,) of ids (B, T), one step at a time, until max_new_tokens or until every sequence
-        has met eos_id (one, or any of several); one that has met it gets it again. temperature 0 is greedy; otherwise one of the
-        likeliest tokens that make up top_p of the probability is drawn."""
+        has met eos_id (one, or any of several); one that has met it gets it again. temperature 0 is greedy; otherwise
+        one of the likeliest tokens that make up top_p of the probability is drawn."""
         cache = KVCache(self.config, len(ids), ids.size(1) + max_new_tokens, ids.device, self.lm_head.weight.dtype)
         done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         stop = None if eos_id is None else torch.tensor(eos_id, device=ids.device).reshape(-1)
@@ -441,7 +432,7 @@ def main() -> None:
     total = len(ids) + args.max_new_tokens
     if not ids or total > config.block_size:
         raise ValueError(
-            f"--prompt and --max_new_tokens are {len(ids)} + {args.max_new_tokens} tokens, the window of {args.init} is "
+            f"--prompt and --max_new_tokens are {len(ids)} + {args.max_new_tokens} tokens, the window is "
             f"{config.block_size}: give fewer (but at least one) or --scale {math.ceil(total / config.original_window)}"
         )
     options = dict(

@@ -13,6 +13,7 @@ Files are only ever read as tensors: pickles are opened with weights_only=True, 
 import json
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -56,7 +57,11 @@ def resolve(init: str | Path) -> Path:
     found = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?", str(init))
     if not found or Path(init).exists():
         raise ValueError(f"{init} is neither a folder nor a hub id (owner/name or owner/name@revision)")
-    name, revision = found.groups()
+    return _fetch(str(init), *found.groups())
+
+
+@cache  # several functions ask for the same checkpoint, and should get the same one
+def _fetch(init: str, name: str, revision: str | None) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     try:
@@ -114,9 +119,9 @@ def _open_pickle(path: Path) -> dict[str, Stored]:
     """A .bin or .pth of tensors, memory-mapped; a pickle that would run code is refused by weights_only."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except OSError:
-        raise
     except Exception as error:  # a damaged pickle can end in any of them
+        if isinstance(error, OSError) and error.filename:  # but the system's own say which file it is about
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is not a whole file of nothing but tensors: download it again ({reason})") from None
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):

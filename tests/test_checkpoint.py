@@ -325,7 +325,8 @@ def test_meta_round_trip(tmp_path: Path, family: str, shards: int, monkeypatch, 
     ({"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 256, "ffn_dim_multiplier": 1.0, "norm_eps": 1e-5,
       "rope_theta": 1000000}, ("none", 1, 16384, 16384, 11008, 1e6)),  # Code Llama 7B
     ({"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256, "multiple_of": 1024,
-      "ffn_dim_multiplier": 1.3, "norm_eps": 1e-5, "rope_theta": 500000.0}, ("none", 1, 8192, 8192, 14336, 5e5)),  # 3 8B
+      "ffn_dim_multiplier": 1.3, "norm_eps": 1e-5, "rope_theta": 500000.0},
+     ("none", 1, 8192, 8192, 14336, 5e5)),  # 3 8B
     ({"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256, "multiple_of": 1024,
       "ffn_dim_multiplier": 1.3, "norm_eps": 1e-5, "rope_theta": 500000.0, "use_scaled_rope": True},
      ("llama3", 8, 8192, 131072, 14336, 5e5)),  # 3.1 8B
@@ -516,8 +517,10 @@ def test_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder in folders:
         with torch.no_grad():
             torch.testing.assert_close(load(folder)(IDS % 96), model(IDS % 96).logits, rtol=0, atol=1e-4)
-    for init, error, words in zip(bad, errors, (["gated", "licence", "hf auth login"], ["neither a folder", "private"],
-                                                ["no revision 'v2'"], ["can't be reached (HfHubHTTPError)"], ["no weights"])):  # fmt: skip
+    for init, error, words in zip(bad, errors, (
+        ["gated", "licence", "hf auth login"], ["neither a folder", "private"], ["no revision 'v2'"],
+        ["can't be reached (HfHubHTTPError)"], ["no weights"],
+    )):  # fmt: skip
         assert error.startswith(init) and "\n" not in error, error
         for word in words:
             assert word in error, error
@@ -533,6 +536,53 @@ def test_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = in_a_process("checkpoint.py", "owner/meta", "--scale", 2, HF_HOME=home, HF_HUB_OFFLINE="1")
     assert shown.returncode == 0 and shown.stderr.count("\n") == 1, shown
     assert re.search(r"^window +8192$", shown.stdout, re.M) and re.search(r"^method +linear$", shown.stdout, re.M)
+
+
+MEMORY_SCRIPT = """
+import json, sys, threading, time, torch
+from checkpoint import load
+
+def status(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+
+peak = {"RssAnon": 0, "VmRSS": 0}
+def watch():
+    while True:
+        for key in peak:
+            peak[key] = max(peak[key], status(key))
+        time.sleep(0.002)
+
+threading.Thread(target=watch, daemon=True).start()
+time.sleep(0.05)
+before = dict(peak)
+model = load(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
+sum(float(p.sum()) for p in model.parameters())  # every page of it
+time.sleep(0.05)
+print(json.dumps({"own": sum(p.nbytes for p in model.parameters()), **{key: peak[key] - before[key] for key in peak}}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Beside what it maps from the files, which the system can drop, loading holds the model and a tensor or two."""
+    size = dict(hidden_size=1024, num_attention_heads=16, num_key_value_heads=16, intermediate_size=2752, vocab_size=96)
+    model = theirs(tmp_path / "hf", size=size | dict(num_hidden_layers=8)).bfloat16()
+    model.save_pretrained(tmp_path / "hf16")
+    write_meta(tmp_path / "meta", model, 2, "Llama 2")
+    edit_params(tmp_path / "meta", dim=1024, n_layers=8)
+    largest = max(p.numel() for p in model.parameters())
+    for name, dtype in (("hf", "float32"), ("hf16", "float32"), ("hf16", "bfloat16"), ("meta", "bfloat16")):
+        result = in_a_process("-c", MEMORY_SCRIPT, tmp_path / name, dtype)
+        found = json.loads(result.stdout)
+        files = sum(file.stat().st_size for file in (tmp_path / name).iterdir())
+        with capsys.disabled():
+            print(
+                f"\n{name} as {dtype}: files {files / 1e6:.0f} MB, model {found['own'] / 1e6:.0f} MB; peak "
+                f"{found['RssAnon'] / 1e6:.0f} MB of its own, {found['VmRSS'] / 1e6:.0f} MB with what is mapped"
+            )
+        assert found["RssAnon"] < found["own"] + 8 * largest + 96e6  # the last for torch itself
+        assert found["VmRSS"] < found["own"] + files + 8 * largest + 96e6
 
 
 @pytest.mark.parametrize("init", ["", "a b", "a/b/c", "/nowhere/at/all", "../x", "a/b@", "@x", "owner/na me", "-x/y z"])
@@ -595,7 +645,8 @@ SHAPES_IN_THE_WILD = {
     "LLongMA-2 8k": (LLAMA2_7B | linear(2.0) | {"max_position_embeddings": 8192}, (4096, 8192, "linear", 2), True),
     "LongLoRA 32k": (LLAMA2_7B | linear(8.0), (4096, 32768, "linear", 8), True),
     "NeMo-style, Llama 2 to 16k": (
-        LLAMA2_7B | linear(4.0) | {"max_position_embeddings": 16384, "seq_length": 16384}, (4096, 16384, "linear", 4), True,
+        LLAMA2_7B | linear(4.0) | {"max_position_embeddings": 16384, "seq_length": 16384},
+        (4096, 16384, "linear", 4), True,
     ),
     "both windows said, the extended one first": (
         LLAMA2_7B | linear(4.0) | {"max_position_embeddings": 16384, "max_sequence_length": 16384},
@@ -604,7 +655,8 @@ SHAPES_IN_THE_WILD = {
     "Yarn-Llama-2 64k": (
         LLAMA2_7B | {
             "max_position_embeddings": 65536, "rope_theta": 10000.0,
-            "rope_scaling": {"factor": 16.0, "original_max_position_embeddings": 4096, "type": "yarn", "finetuned": True},
+            "rope_scaling": {"factor": 16.0, "original_max_position_embeddings": 4096, "type": "yarn",
+                             "finetuned": True},
         },
         (4096, 65536, "yarn", 16), False,
     ),
@@ -615,7 +667,7 @@ SHAPES_IN_THE_WILD = {
     "yarn without the original window": (
         LLAMA2_7B | {"rope_scaling": {"factor": 4.0, "type": "yarn"}}, (4096, 16384, "yarn", 4), True,
     ),
-    "dynamic": (LLAMA2_7B | {"rope_scaling": {"factor": 2.0, "type": "dynamic"}}, (4096, 8192, "dynamic", 2), True),
+    "dynamic": (LLAMA2_7B | {"rope_scaling": {"factor": 2.0, "type": "dynamic"}}, (4096, 8192, "dynamic", 2), False),
     "Llama 3.1 8B": (LLAMA31_8B, (8192, 131072, "llama3", 8), False),
     "transformers 5": (
         {key: value for key, value in LLAMA31_8B.items() if key not in ("rope_scaling", "rope_theta")}
@@ -647,9 +699,10 @@ def test_original_window_settles_it(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert (config.original_window, config.block_size, note) == (original, 2 * original, "")
     config, note = parse_config(LLAMA2_7B | {"max_position_embeddings": 32768}, original_window=4096)
     assert (config.rope, config.scale, config.original_window, note) == ("none", 8, 4096, "")  # direct fine-tuning
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA2_7B))
     for bad in (0, -1, 65536):
         with pytest.raises(ValueError, match="original_window"):
-            parse_config(LLAMA2_7B, original_window=bad)
+            read_config(tmp_path, original_window=bad)
     (tmp_path / "config.json").write_text(json.dumps(raw))
     read_config(tmp_path)
     error = capsys.readouterr().err
@@ -759,8 +812,12 @@ def test_extend_refuses_what_can_not_be(folder: Path, scale: float, rope: str | 
 
 
 def test_an_assumed_original_window_is_not_built_upon(tmp_path: Path) -> None:
-    theirs(tmp_path, "dynamic")
-    assert load(tmp_path).config.scale == 4
+    theirs(tmp_path, "yarn")
+    rope = {key: value for key, value in YARN.items() if key != "original_max_position_embeddings"}
+    edit_config(tmp_path, rope_parameters=rope | {"rope_theta": 10000.0}, max_position_embeddings=WINDOW)
+    model = load(tmp_path)
+    assert (model.config.scale, model.config.block_size, model.config.original_window) == (4, 4 * WINDOW, WINDOW)
+    assert_same(model, tmp_path)  # as it comes, it is what transformers makes of it
     raises(tmp_path, "--original_window", scale=8)
     assert load(tmp_path, scale=8, original_window=WINDOW).config.block_size == 8 * WINDOW
 
@@ -922,7 +979,7 @@ def test_a_pickle_is_not_run(folder: Path, tmp_path: Path) -> None:
 
 @contextmanager
 def largest_file(size: int):
-    """Within, no file can grow beyond size bytes, as on a full disk (the tests may run as root, whom no mode bits stop)."""
+    """Within, no file can grow beyond size bytes: a full disk (read-only folders don't stop root, who may run this)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -1113,7 +1170,7 @@ def test_convert_writes_nothing_on_bad_input(with_tokenizer: Path, tmp_path: Pat
     for arguments, *words in (
         ((source, source), "checkpoint itself"), ((source, tmp_path / "link"), "checkpoint itself"),
         ((source, out, "--scale", "0.5"), "scale"), ((source, out, "--rope", "magic"), "magic"),
-        ((source, out, "--dtype", "int8"), "--dtype"), ((source, out, "--max_shard_size", "big"), "--max_shard_size big"),
+        ((source, out, "--dtype", "int8"), "--dtype"), ((source, out, "--max_shard_size", "big"), "_size big"),
         ((source, out, "--max_shard_size", "0"), "--max_shard_size"), ((tmp_path / "none", out), "none"), ((), "src"),
         ((source, tmp_path / "file"), "file"), ((source, tmp_path / "file" / "out"), "file"),
     ):  # fmt: skip

@@ -507,20 +507,16 @@ class Mix:
     The paper fine-tunes on text alone, and its models can copy already. A tiny base learns it in minutes only from
     text in which copying pays: passkeys, and segments that come again and again.
     dense: the share of the passkey sequences that have many keys and questions; the others are whole prompts.
-    window: tokens that such a sequence spans at most (None: the batch's); a longer row has text, then one of them.
     """
 
     passkey: float = 0.0
     repeat: float = 0.0
     dense: float = 0.5
-    window: int | None = None
 
     def __post_init__(self) -> None:
         shares = (self.passkey, self.repeat, self.passkey + self.repeat, self.dense)
         if not all(0 <= share <= 1 for share in shares):
             raise ValueError(f"the shares of the mix must be 0 to 1, and passkey and repeat together too: got {self}")
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"the mix's window must be at least 1, got {self.window}")
 
 
 def sample_batch(
@@ -541,17 +537,16 @@ def sample_batch(
 
 def _row(corpus: Corpus, tokenizer: Tokenizer, length: int, rng: np.random.Generator, mix: Mix) -> np.ndarray:
     """One training sequence, (length + 1,) int64: its last token is a target only."""
-    kind = rng.random()
-    window = min(length, mix.window or length)
+    kind, size = rng.random(), length + 1
     if kind < mix.passkey * mix.dense:
-        piece = _dense_passkeys(corpus, tokenizer, window + 1, rng)
+        row = _dense_passkeys(corpus, tokenizer, size, rng)
     elif kind < mix.passkey:
-        piece = _passkey_prompts(corpus, tokenizer, window + 1, rng)
+        row = (_one_prompt if rng.random() < 0.5 else _several_prompts)(corpus, tokenizer, size, rng)
     elif kind < mix.passkey + mix.repeat:
-        piece = _repeats(corpus, tokenizer, window + 1, rng)
+        row = _repeats(corpus, tokenizer, size, rng)
     else:
-        piece = _text(corpus, length + 1, rng)
-    return np.concatenate([_text(corpus, length + 1 - len(piece), rng), piece]).astype(np.int64)
+        row = _text(corpus, size, rng)
+    return row.astype(np.int64)
 
 
 def _text(corpus: Corpus, n: int, rng: np.random.Generator) -> np.ndarray:
@@ -625,7 +620,7 @@ def _dense_passkeys(corpus: Corpus, tokenizer: Tokenizer, size: int, rng: np.ran
     return np.concatenate(parts)[:size]
 
 
-def _passkey_prompts(corpus: Corpus, tokenizer: Tokenizer, size: int, rng: np.random.Generator) -> np.ndarray:
+def _several_prompts(corpus: Corpus, tokenizer: Tokenizer, size: int, rng: np.random.Generator) -> np.ndarray:
     """Whole prompts with their answers, each of fewer than `size` tokens, then text where the next doesn't fit.
     A window too short for any prompt gets dense passkeys."""
     parts, left, sizes = [], size, _filler_sizes(tokenizer, size)
@@ -641,6 +636,23 @@ def _passkey_prompts(corpus: Corpus, tokenizer: Tokenizer, size: int, rng: np.ra
             return np.concatenate([*parts, _text(corpus, left, rng)])
         parts.append(prompt)
         left -= len(prompt)
+
+
+def _one_prompt(corpus: Corpus, tokenizer: Tokenizer, size: int, rng: np.random.Generator) -> np.ndarray:
+    """One prompt that fills the row, its key anywhere; mostly the end of a longer one, its header cut off.
+
+    Behind the header a key is at most three quarters of the tiny window back. What a model has not seen at the end
+    of its own window, Position Interpolation can't stretch: the extended window would be of no use that far out.
+    """
+    shortest, cut = len(_answered_prompt(tokenizer, "12345", 0, 0)), rng.random() < 0.7
+    room = size - shortest + (len(_task_line(tokenizer)) if cut else 0)
+    if room < 0:
+        return _dense_passkeys(corpus, tokenizer, size, rng)
+    sizes = _filler_sizes(tokenizer, size)
+    after = int(np.searchsorted(sizes, rng.integers(room + 1), side="right")) - 1
+    before = int(np.searchsorted(sizes, room - sizes[after], side="left")) - (not cut)
+    prompt = _answered_prompt(tokenizer, random_key(rng), max(before, 0), after)[-size:]
+    return np.concatenate([prompt, _text(corpus, size - len(prompt), rng)])
 
 
 def _repeats(corpus: Corpus, tokenizer: Tokenizer, size: int, rng: np.random.Generator) -> np.ndarray:

@@ -50,16 +50,19 @@ def recipe(config: LLaMAConfig, scratch: bool) -> dict:
     """What the command line leaves out, by what is trained: three regimes, told by the parameters."""
     if scratch:  # a mix of text and retrieval: on text alone a model this small learns no retrieval in minutes
         return dict(max_iters=2200, batch_size=16, learning_rate=4e-3, warmup_iters=50, decay="linear",
-                    passkey_share=0.4, repeat_share=0.3)  # fmt: skip
+                    short_share=0.0, passkey_share=0.4, repeat_share=0.3)  # fmt: skip
     paper = dict(max_iters=1000, batch_size=64, learning_rate=2e-5, warmup_iters=20, decay="constant",
-                 passkey_share=0.0, repeat_share=0.0)  # fmt: skip
+                 short_share=0.0, passkey_share=0.0, repeat_share=0.0)  # fmt: skip
     if config.n_params > 25e9:  # §3.1: a lower rate from 33B on
         return paper | dict(learning_rate=1e-5)
     if config.n_params > 1e9:
         return paper
     if config.n_params > 20e6:  # between: smaller models are pre-trained, and so fine-tuned, at higher rates
         return paper | dict(learning_rate=1e-4)
-    return paper | dict(max_iters=200, batch_size=16, learning_rate=4e-4, passkey_share=0.2, repeat_share=0.3)
+    # A model this small forgets in tens of steps what its data don't ask for. Half of its tokens are the mix of its
+    # pre-training, at the length of its pre-training: it never sees a passkey beyond its original window.
+    return paper | dict(max_iters=300, batch_size=max(2, 4096 // config.block_size), learning_rate=1e-3, decay="linear",
+                        short_share=0.5, passkey_share=0.7, repeat_share=0.3)  # fmt: skip
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -80,8 +83,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--decay", choices=("constant", "linear"), help="after the warm-up: linear goes to 5%% of the peak" + by_size)
     add("--weight_decay", type=float, default=0.0, help="AdamW's")
     add("--grad_clip", type=float, default=1.0, help="the largest norm of the gradient; 0: no clipping")
-    add("--passkey_share", type=float, help="sequences with passkeys, none longer than the original window" + by_size)
-    add("--repeat_share", type=float, help="sequences of repeated segments" + by_size)
+    add("--short_share", type=float, help="when extending: tokens in sequences of the original length; the longer ones are "
+        "plain text" + by_size)  # fmt: skip
+    add("--passkey_share", type=float, help="sequences of the original length with passkeys" + by_size)
+    add("--repeat_share", type=float, help="sequences of the original length made of repeated segments" + by_size)
     add("--save_every", type=int, default=200, help="steps between two checkpoints to resume from")
     add("--save_at", default="", help="steps, as 0,200,400, whose weights are kept in OUT/step-N (the paper's tables over steps)")
     add("--eval_every", type=int, help="steps between two looks at the validation loss; None: a tenth of --max_iters")
@@ -113,18 +118,20 @@ def check(args: argparse.Namespace, config: LLaMAConfig, processes: int) -> None
     for name in ("max_iters", "batch_size", "save_every"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    for name in ("learning_rate", "warmup_iters", "weight_decay", "grad_clip", "passkey_share", "repeat_share"):
+    for name in ("learning_rate", "warmup_iters", "weight_decay", "grad_clip", "short_share", "passkey_share", "repeat_share"):
         if not 0 <= getattr(args, name) < math.inf:
             raise ValueError(f"--{name} must be a finite number of at least 0, got {getattr(args, name)}")
     if args.passkey_share + args.repeat_share > 1:
         raise ValueError(f"--passkey_share {args.passkey_share} and --repeat_share {args.repeat_share} add up to more than 1")
-    share, rest = divmod(args.batch_size, processes)
-    if rest or not share:
-        raise ValueError(f"--batch_size {args.batch_size} can't be shared among {processes} processes: take a multiple of it")
-    if args.micro_batch_size is None:  # the largest divisor that keeps a micro batch near 16,384 tokens
-        args.micro_batch_size = max(n for n in range(1, share + 1) if share % n == 0 and n * config.block_size <= 16384 or n == 1)
-    if args.micro_batch_size < 1 or share % args.micro_batch_size:
-        raise ValueError(f"--micro_batch_size {args.micro_batch_size} does not divide the {share} sequences of a process")
+    if args.short_share >= 1:
+        raise ValueError(f"--short_share {args.short_share} leaves no sequence at the extended window: give less than 1")
+    for length, n, _ in batch_parts(args, config):
+        if n % processes:
+            raise ValueError(f"--batch_size {args.batch_size}: its {n} sequences of {length} tokens can't be shared among {processes} processes")
+    if args.micro_batch_size is None:
+        args.micro_batch_size = max(1, 16384 // config.block_size)
+    if args.micro_batch_size < 1:
+        raise ValueError(f"--micro_batch_size must be at least 1, got {args.micro_batch_size}")
     try:
         args.keep = {int(step) for step in args.save_at.split(",") if step}
     except ValueError:
@@ -141,11 +148,20 @@ def lr_at(step: int, args: argparse.Namespace) -> float:
     return args.learning_rate * warm * (1 - 0.95 * step / args.max_iters if args.decay == "linear" else 1)
 
 
-def mix_at(step: int, args: argparse.Namespace, window: int) -> data.Mix:
-    """The shares of retrieval in one step's batch. Pre-training cuts them to a third for its last fifth: by then
-    the skill is there, and text is what it reads worse."""
+def batch_parts(args: argparse.Namespace, config: LLaMAConfig, step: int = 0) -> list[tuple[int, int, data.Mix]]:
+    """What a batch is made of: (length, sequences, mix) of each part.
+
+    The mix of text and retrieval is of the length that the base is pre-trained with. Pre-training cuts the share of
+    retrieval to a third for its last fifth: by then the skill is there, and text is what it reads worse.
+    """
     cut = 1 / 3 if args.init == "scratch" and step >= 0.8 * args.max_iters else 1.0
-    return data.Mix(passkey=args.passkey_share * cut, repeat=args.repeat_share * cut, window=window)
+    mix = data.Mix(passkey=args.passkey_share * cut, repeat=args.repeat_share * cut)
+    T, L = config.block_size, min(config.block_size, config.original_window)
+    if T == L:
+        return [(T, args.batch_size, mix)]
+    short = round(args.batch_size * args.short_share)  # sequences' worth of tokens
+    parts = [(T, args.batch_size - short, data.Mix()), (L, short * (T // L), mix)]
+    return [part for part in parts if part[1]]
 
 
 # ---- state on disk: OUT/trainer/step-N, whole or not there ---------------------------------------------------------
@@ -355,14 +371,14 @@ def train(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
             return bool(stop)
         return bool(mean_over_processes(torch.tensor(float(bool(stop)), device=device)))
 
-    # this process's sequences of each global batch, a micro batch at a time
-    share = args.batch_size // processes
-    mine = range(rank() * share, (rank() + 1) * share)
-    micro = [mine[i : i + args.micro_batch_size] for i in range(0, share, args.micro_batch_size)]
-
     def batches(step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        mix = mix_at(step, args, config.original_window)
-        made = [data.sample_batch(corpus, tokenizer, T, step, indices, seed=args.seed, mix=mix) for indices in micro]
+        """This process's share of a step's global batch, in micro batches."""
+        made = []
+        for length, n, mix in batch_parts(args, config, step):
+            share, size = n // processes, args.micro_batch_size * (T // length)
+            mine = range(rank() * share, (rank() + 1) * share)
+            for i in range(0, share, size):
+                made.append(data.sample_batch(corpus, tokenizer, length, step, mine[i : i + size], seed=args.seed, mix=mix))
         return [(x.pin_memory(), y.pin_memory()) for x, y in made] if device.type == "cuda" else made
 
     @torch.no_grad()
@@ -412,13 +428,13 @@ def train(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, args)
             made, upcoming = upcoming.result(), ahead.submit(batches, step + 1)  # the next batch is made while this one runs
-            total = torch.zeros((), device=device)
+            total, tokens = torch.zeros((), device=device), sum(x.numel() for x, _ in made)
             for i, (x, y) in enumerate(made):
                 last = i == len(made) - 1  # gradients are summed over processes once, with the last micro batch
                 if isinstance(model, FSDPModule):
                     model.set_requires_gradient_sync(last)
                 with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext(), autocast:
-                    loss = model(x.to(device, non_blocking=True), y.to(device, non_blocking=True)) / len(made)
+                    loss = model(x.to(device, non_blocking=True), y.to(device, non_blocking=True)) * (x.numel() / tokens)
                     loss.backward()
                 total += loss.detach()
             if args.grad_clip:

@@ -608,7 +608,8 @@ def test_shares_of_the_mix(corpus, tok, tmp_path):
     ids, _ = sample_batch(letters, tok, 200, 0, range(600), seed=0, mix=Mix(0.4, 0.3, dense=0.25))
     kinds = [kind_of(tok, row) for row in ids]
     share = {kind: kinds.count(kind) / 600 for kind in ("dense", "prompt", "repeat", "text")}
-    for kind, want in {"dense": 0.1, "prompt": 0.3, "repeat": 0.3, "text": 0.3}.items():
+    # half of the prompts fill a row alone, 70% of those without the header that tells a prompt from dense keys here
+    for kind, want in {"dense": 0.1 + 0.105, "prompt": 0.3 - 0.105, "repeat": 0.3, "text": 0.3}.items():
         assert abs(share[kind] - want) < 0.06, share
     ids, _ = sample_batch(letters, tok, 200, 0, range(50), seed=0)  # the default: text, as in the paper
     stream = letters.tokens.tobytes()
@@ -632,7 +633,6 @@ def test_whole_prompts_end_with_the_right_answer_and_stay_within_the_window(corp
     ids, targets = sample_batch(corpus, tok, 256, 0, range(100), seed=0, mix=Mix(passkey=1, dense=0))
     lengths = []
     for row in torch.cat([ids, targets[:, -1:]], 1).tolist():
-        assert row[0] == tok.bos_id
         starts = [i for i in range(len(row)) if row[i] == tok.bos_id]
         for start in starts:
             text = tok.decode(row[start : row.index(tok.eos_id, start) + 1]) if tok.eos_id in row[start:] else ""
@@ -641,7 +641,20 @@ def test_whole_prompts_end_with_the_right_answer_and_stay_within_the_window(corp
             lengths.append(row.index(tok.eos_id, start) + 1 - start)
             key = re.search(r"The pass key is (\d{5})\. Remember it\. \1 is the pass key\.\n", text)[1]
             assert text.endswith(f"\nWhat is the pass key? The pass key is {key}")
-    assert len(lengths) >= 100 and max(lengths) <= 256 and max(lengths) > 230 and min(lengths) < 160
+    assert len(lengths) >= 80 and max(lengths) <= 257 and max(lengths) > 230 and min(lengths) < 160
+
+
+def test_keys_lie_anywhere_in_the_window(corpus, tok):
+    ids, targets = sample_batch(corpus, tok, 256, 0, range(400), seed=0, mix=Mix(passkey=1, dense=0))
+    back = []
+    for row in torch.cat([ids, targets[:, -1:]], 1).tolist():
+        text = tok.decode(row)
+        if not text.startswith(data.TASK) and (found := re.search(r"\nWhat is the pass key\? The pass key is (\d{5})$", text)):
+            key_line = text.index(f"The pass key is {found[1]}. Remember it. {found[1]} is the pass key.\n")
+            back.append(len(tok.encode(text[key_line:])))
+    assert len(back) > 50 and max(back) > 240 and min(back) < 60  # the header would leave room for far less
+    quarters = np.histogram(back, bins=4, range=(40, 257))[0] / len(back)
+    assert quarters.min() > 0.1
 
 
 def test_dense_keys_are_asked_for(corpus, tok):
@@ -658,29 +671,15 @@ def test_dense_keys_are_asked_for(corpus, tok):
     assert asked > 60
 
 
-@pytest.mark.parametrize("mix", [Mix(1, 0, 1), Mix(1, 0, 0), Mix(0, 1)])
-def test_longer_rows_are_text_and_one_piece_of_the_mix(mix, corpus, tok):
-    stream = corpus.tokens.tobytes()
-    ids, targets = sample_batch(corpus, tok, 1024, 0, range(20), seed=0, mix=replace(mix, window=200))
-    rows = torch.cat([ids, targets[:, -1:]], 1).numpy().astype(corpus.tokens.dtype)
-    for row in rows:
-        assert row[: 1024 - 200].tobytes() in stream
-        assert row[1024 - 200 :].tobytes() not in stream
-    if mix.dense == 0:
-        assert (rows[:, 1024 - 200] == tok.bos_id).all()
-
-
 def test_impossible_mixes():
     for shares in ({"passkey": 0.8, "repeat": 0.3}, {"repeat": -0.1}, {"dense": 1.5}):
         with pytest.raises(ValueError, match="shares of the mix must be 0 to 1"):
             Mix(**shares)
-    with pytest.raises(ValueError, match="window must be at least 1"):
-        Mix(window=0)
 
 
 def test_a_window_too_short_for_a_prompt_gets_dense_keys(corpus, tok):
     ids, _ = sample_batch(corpus, tok, 40, 0, range(20), seed=0, mix=Mix(passkey=1, dense=0))
-    assert all(tok.decode(row.tolist()).startswith("The pass key is") for row in ids)
+    assert all("The pass key is" in tok.decode(row.tolist()) for row in ids)
 
 
 def test_a_corpus_shorter_than_one_window(corpus, tok):

@@ -1,0 +1,266 @@
+"""train.py: the same losses however the work is cut, interrupted or resumed; the paper's recipe; bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import checkpoint
+import data
+import train
+from model import PRESETS, LLaMA, LLaMAConfig
+
+ROOT = Path(__file__).parent.parent
+TEXT = [str(ROOT / name) for name in ("rope.py", "model.py", "checkpoint.py", "data.py", "eval_ppl.py")]
+QUICK = ["--short_share", "0", "--data", *TEXT, "--batch_size", "6", "--micro_batch_size", "2", "--eval_every", "100", "--device", "cpu"]
+
+
+def run(out: Path, *flags: str) -> list[dict]:
+    """A run in this process; its log."""
+    train.main([*QUICK, "--out", str(out), *flags])
+    return log(out)
+
+
+def log(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def losses(rows: list[dict]) -> list[float]:
+    return [row["loss"] for row in rows]
+
+
+def script(*flags: str, processes: int = 1, cwd: Path) -> subprocess.CompletedProcess:
+    """The script as a user starts it, under torchrun when there are several processes."""
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([*launch, str(ROOT / "train.py"), *flags], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def workplace(tmp_path_factory):
+    """All runs share one folder, and so one tokenized corpus."""
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("runs"))
+    yield
+    os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def base(workplace) -> Path:
+    run(Path("base"), "--max_iters", "8", "--save_every", "100")
+    return Path("base").resolve()
+
+
+def test_the_log_has_every_step(base):
+    rows = log(base)
+    assert [row["iter"] for row in rows] == list(range(1, 9))
+    assert [row["tokens"] for row in rows] == [6 * 256 * i for i in range(1, 9)]
+    assert all({"loss", "lr", "tokens_per_second"} <= set(row) for row in rows)
+    assert "val_loss" in rows[-1]
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.05  # it learns
+
+
+def test_micro_batches_only_cut_the_work(base):
+    whole = run(Path("whole"), "--max_iters", "8", "--micro_batch_size", "6")
+    assert losses(whole) == pytest.approx(losses(log(base)), abs=2e-5)  # the sums are taken in another order
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_activation_checkpointing_changes_nothing(base, mode):
+    rows = run(Path(f"checkpointed-{mode}"), "--max_iters", "8", "--checkpoint_activations", mode)
+    assert losses(rows) == losses(log(base))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_resumes_bit_for_bit(base, monkeypatch, capsys, number):
+    out = Path(f"interrupted-{number.name}")
+    real = train.lr_at
+
+    def signal_at_step_3(step, args):
+        if step == 3:
+            os.kill(os.getpid(), number)
+        return real(step, args)
+
+    monkeypatch.setattr(train, "lr_at", signal_at_step_3)
+    with pytest.raises(SystemExit) as stop:
+        run(out, "--max_iters", "8")
+    assert stop.value.code == 128 + number
+    assert len(log(out)) == 4  # the step at hand was finished, and saved
+    assert f"python train.py --resume --out {out}" in capsys.readouterr().err
+    monkeypatch.undo()
+    train.main(["--resume", "--out", str(out)])
+    assert losses(log(out)) == losses(log(base))
+    ours, theirs = load_file(out / "model.safetensors"), load_file(base / "model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_killed_run_resumes_from_its_last_whole_state(base):
+    out = Path("killed")
+    run(out, "--max_iters", "8", "--save_every", "2")
+    assert [state.name for state in train.states(out)] == ["step-6", "step-8"]  # the last two are kept
+    # as if the process had died while it wrote the newest one: a temporary folder, and a log that runs ahead
+    train.states(out)[-1].rename(out / "trainer/.step-8.tmp")
+    train.main(["--resume", "--out", str(out)])
+    assert losses(log(out)) == losses(log(base))
+
+
+def test_a_longer_schedule_is_resumed_with_the_new_flags(base):
+    out = Path("longer")
+    run(out, "--max_iters", "4", "--decay", "constant")
+    train.main(["--resume", "--out", str(out), "--max_iters", "8"])
+    straight = run(Path("straight"), "--max_iters", "8", "--decay", "constant")
+    assert losses(log(out)) == losses(straight)
+
+
+@pytest.mark.parametrize("flags", [("ddp", 2, "none"), ("ddp", 3, "selective"), ("fsdp", 2, "full"), ("fsdp", 3, "none")])
+def test_several_processes_give_the_losses_of_one(base, flags):
+    engine, processes, activations = flags
+    out = Path(f"{engine}-{processes}").resolve()
+    more = ["--micro_batch_size", "1", "--dist", engine, "--checkpoint_activations", activations]
+    done = script(*QUICK, *more, "--max_iters", "8", "--out", str(out), processes=processes, cwd=Path.cwd())
+    assert done.returncode == 0, done.stderr
+    assert losses(log(out)) == pytest.approx(losses(log(base)), abs=5e-5)
+    ours, theirs = load_file(out / "model.safetensors"), load_file(base / "model.safetensors")
+    # AdamW's first steps divide a gradient by its own size: rounding of the tiniest ones shows, but no more than that
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in theirs) < 2e-3
+
+
+def test_a_run_on_two_processes_goes_on_with_one(base):
+    out = Path("two-then-one").resolve()
+    first = script(*QUICK, "--micro_batch_size", "1", "--dist", "fsdp", "--max_iters", "8", "--save_every", "4", "--out", str(out),
+                   processes=2, cwd=Path.cwd())  # fmt: skip
+    assert first.returncode == 0, first.stderr
+    (out / "trainer/step-8").rename(out / "gone")
+    train.main(["--resume", "--out", str(out)])
+    assert losses(log(out)) == pytest.approx(losses(log(base)), abs=5e-5)
+
+
+def test_extension_is_written_where_every_tool_reads_it(base):
+    out = Path("linear-2")
+    run(out, "--init", str(base), "--scale", "2", "--max_iters", "2", "--save_at", "0,1")
+    raw = json.loads((out / "config.json").read_text())
+    assert raw["rope_scaling"]["rope_type"] == "linear" and raw["rope_scaling"]["factor"] == 2
+    ours, theirs = checkpoint.load(out).eval(), AutoModelForCausalLM.from_pretrained(out).eval()
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    ids = torch.tensor([tokenizer.encode(Path(TEXT[0]).read_text(), add_special_tokens=False)[:500]])  # beyond 256
+    with torch.no_grad():
+        assert torch.allclose(ours(ids), theirs(ids).logits, atol=1e-4)
+    kept = load_file(out / "step-0/model.safetensors")
+    assert all(torch.equal(kept[name], weight) for name, weight in load_file(base / "model.safetensors").items())
+    assert checkpoint.load(out / "step-1").config.block_size == 512
+
+
+def test_direct_fine_tuning_leaves_positions_alone(base):
+    out = Path("none-2")
+    run(out, "--init", str(base), "--scale", "2", "--rope", "none", "--max_iters", "1")
+    config = checkpoint.load(out).config
+    assert (config.rope, config.block_size, config.original_window) == ("none", 512, 256)
+
+
+def test_no_passkey_beyond_the_original_window_in_fine_tuning(base, monkeypatch):
+    drawn = []
+    real = data.sample_batch
+
+    def spy(corpus, tokenizer, length, step, indices, *, seed, mix=data.Mix()):
+        ids, targets = real(corpus, tokenizer, length, step, indices, seed=seed, mix=mix)
+        drawn.append((length, len(ids), any("pass key" in tokenizer.decode(row.tolist()) for row in ids)))
+        return ids, targets
+
+    monkeypatch.setattr(data, "sample_batch", spy)
+    monkeypatch.setattr(data, "_text", lambda corpus, n, rng: corpus.tokens[:n])  # rope.py's beginning, which speaks of no passkey
+    train.main(["--data", *TEXT, "--device", "cpu", "--init", str(base), "--scale", "2", "--out", "mix", "--max_iters", "2",
+                "--micro_batch_size", "2", "--eval_every", "9"])  # fmt: skip
+    short = [found for length, _, found in drawn if length == 256]
+    long = [found for length, _, found in drawn if length == 512]
+    assert any(short) and not any(long) and short and long
+    tokens = {length: sum(length * n for at, n, _ in drawn if at == length) for length in (256, 512)}
+    assert tokens[256] == 3 * 8 * 256 and tokens[512] >= 3 * 4 * 512  # a batch is made ahead; validation reads 512 too
+
+
+def test_the_papers_recipe_from_7b_on():
+    seven, thirty = (train.recipe(LLaMAConfig.preset(name), scratch=False) for name in ("llama-7b", "llama-33b"))
+    assert (seven["learning_rate"], seven["warmup_iters"], seven["max_iters"], seven["batch_size"]) == (2e-5, 20, 1000, 64)
+    assert (seven["decay"], seven["short_share"], seven["passkey_share"], seven["repeat_share"]) == ("constant", 0, 0, 0)
+    assert thirty["learning_rate"] == 1e-5
+    assert train.recipe(LLaMAConfig.preset("llama3-8b"), scratch=False) == seven
+
+
+def test_warm_up_starts_at_ten_percent_and_ends_at_the_peak():
+    args = train.parse([])
+    args.learning_rate, args.warmup_iters, args.max_iters, args.decay = 2e-5, 20, 1000, "constant"
+    rates = [train.lr_at(step, args) for step in range(1000)]
+    assert rates[0] == pytest.approx(2e-5 * (0.1 + 0.9 / 20))
+    assert rates[19:] == [2e-5] * 981
+    assert all(a < b for a, b in zip(rates[:19], rates[1:20]))
+
+
+def test_a_loss_that_is_not_finite_stops_before_anything_is_overwritten(base):
+    out = Path("diverged")
+    run(out, "--max_iters", "2")
+    before = (out / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="not finite"):
+        train.main(["--resume", "--out", str(out), "--max_iters", "30", "--learning_rate", "1e18", "--grad_clip", "0"])
+    assert (out / "model.safetensors").read_bytes() == before
+    assert [state.name for state in train.states(out)] == ["step-2"]
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--scale", "8"], ["out/base", "python train.py"]),
+    (["--init", "scratch", "--scale", "8"], ["--scale", "python train.py"]),
+    (["--init", "nowhere"], ["nowhere", "hub"]),
+    (["--resume"], ["--resume", "--out"]),
+    (["--resume", "--out", "nothing-here"], ["nothing-here", "--resume"]),
+    (["--micro_batch_size", "0"], ["--micro_batch_size", "0"]),
+    (["--init", "BASE", "--scale", "2", "--short_share", "1"], ["--short_share 1", "less than 1"]),
+    (["--batch_size", "0"], ["--batch_size", "0"]),
+    (["--max_iters", "ten"], ["--max_iters", "ten"]),
+    (["--learning_rate", "nan"], ["--learning_rate", "nan"]),
+    (["--passkey_share", "0.9", "--repeat_share", "0.2"], ["--passkey_share", "more than 1"]),
+    (["--save_at", "1,b"], ["--save_at", "1,b"]),
+    (["--device", "warp"], ["--device warp"]),
+    (["--data", "missing.txt"], ["missing.txt"]),
+    (["--init", "BASE", "--scale", "-2"], ["scale", "-2"]),
+    (["--init", "BASE", "--scale", "inf"], ["scale", "inf"]),
+    (["--init", "BASE", "--scale", "0.5"], ["scale", "0.5"]),
+    (["--init", "BASE", "--scale", "2", "--rope", "spiral"], ["spiral", "yarn"]),
+    (["--init", "BASE", "--scale", "2", "--rope", "dynamic"], ["--rope dynamic", "another"]),
+    (["--init", "BASE", "--out", "BASE"], ["--resume", "--overwrite"]),
+    (["--init", "BASE", "--scale", "1000", "--data", TEXT[0]], ["tokens", "fewer"]),
+    (["--out", "BASE/config.json/under"], ["config.json"]),
+])  # fmt: skip
+def test_bad_input_is_one_line(base, tmp_path, flags, words):
+    flags = [flag.replace("BASE", str(base)) for flag in flags]
+    quick = [] if "--data" in flags else ["--data", *TEXT]
+    before = sorted(path for path in base.rglob("*"))
+    done = script(*flags, *quick, "--device" if "--device" not in flags else "--seed", "cpu" if "--device" not in flags else "0", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if "tokenizing" not in line and line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("train.py: error: "), done.stderr
+    assert all(word in lines[0] for word in words), lines[0]
+    assert not done.stdout and sorted(path for path in base.rglob("*")) == before
+    assert {path.name for path in tmp_path.iterdir()} <= {"out"} and not list(tmp_path.glob("out/[!c]*"))  # but for the cache
+
+
+def test_resuming_another_model_is_refused(base, monkeypatch):
+    out = Path("other")
+    run(out, "--max_iters", "1")
+    monkeypatch.setitem(PRESETS, "tiny", PRESETS["tiny"] | {"n_embd": 64})
+    with pytest.raises(ValueError, match="does not hold this model"):
+        train.main(["--resume", "--out", str(out), "--max_iters", "2"])
+
+
+def test_a_tokenizer_that_is_too_large_is_refused(base, tmp_path):
+    tokenizer = data.load_tokenizer(base)
+    checkpoint.save(LLaMA(LLaMAConfig.preset("tiny", vocab_size=1000)), tmp_path / "small", tokenizer)
+    with pytest.raises(ValueError, match="the tokenizer has 1024 tokens, the model 1000"):
+        run(tmp_path / "out", "--init", str(tmp_path / "small"), "--scale", "2")
+    assert not (tmp_path / "out").exists()

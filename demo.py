@@ -145,15 +145,15 @@ def run_seed(args: argparse.Namespace, seed: int) -> tuple[list[dict], model.LLa
         row("base", "none", 0, "base-extrapolated", base, {"scale": args.scale, "rope": "none"}, parent),
         row("PI", "linear", 0, "PI-0", base, {"scale": args.scale, "rope": "linear"}, parent),
     ]
-    for name, rope in METHODS.items():
+    for name, method in METHODS.items():
         if name not in ("PI", "direct") and not args.all:
             continue
         folder = out / name
-        flags = ["--init", str(base), "--scale", f"{args.scale:g}", "--rope", rope, *common]
+        flags = ["--init", str(base), "--scale", f"{args.scale:g}", "--rope", method, *common]
         flags += ["--max_iters", str(args.steps[-1]), "--save_at", ",".join(map(str, args.steps))]
-        made = trained(folder, flags, parent, f"{name}: fine-tuned at {long} tokens, rope {rope!r}")
+        made = trained(folder, flags, parent, f"{name}: fine-tuned at {long} tokens, rope {method!r}")
         for steps in args.steps:
-            rows.append(row(name, rope, steps, f"{name}-{steps}", folder / f"step-{steps}", {}, made))
+            rows.append(row(name, method, steps, f"{name}-{steps}", folder / f"step-{steps}", {}, made))
     return rows, config
 
 

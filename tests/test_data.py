@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import data
+import tokenizer
 from data import Mix, load_corpus, load_tokenizer, passkey_prompt, read_documents, sample_batch, train_tokenizer
 
 TEXTS = [
@@ -179,8 +180,8 @@ def test_tiktoken_ranks_equal_the_library(tiktoken_folder, tokenizers_by_form, m
 
 
 def test_llama3_special_tokens_have_metas_order():
-    assert len(data._LLAMA3_SPECIAL) == len(set(data._LLAMA3_SPECIAL)) == 256
-    at = data._LLAMA3_SPECIAL.index  # ids that Llama 3's model card and config.json give
+    assert len(tokenizer._LLAMA3_SPECIAL) == len(set(tokenizer._LLAMA3_SPECIAL)) == 256
+    at = tokenizer._LLAMA3_SPECIAL.index  # ids that Llama 3's model card and config.json give
     assert [at(f"<|{name}|>") + 128000 for name in ("begin_of_text", "end_of_text", "start_header_id", "end_header_id",
             "eot_id", "reserved_special_token_250")] == [128000, 128001, 128006, 128007, 128009, 128255]  # fmt: skip
 

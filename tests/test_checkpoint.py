@@ -489,9 +489,9 @@ def test_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_meta(meta, model, 2, "Llama 2")
     for name in ("README.md", "tokenizer.model", "consolidated.safetensors", "pytorch_model.bin"):
         (source / name).write_text("x")
-    (source / "original").mkdir()
-    for name in ("model.safetensors", "params.json"):
-        (source / "original" / name).write_text("x")
+    for name in ("original/model.safetensors", "original/params.json", "model_before/model.safetensors"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text("x")
     shutil.copytree(source, tmp_path / "bin")
     torch.save(model.state_dict(), tmp_path / "bin" / "pytorch_model.bin")
     (tmp_path / "bin" / "model.safetensors").unlink()
@@ -501,10 +501,11 @@ def test_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Hub.sent = []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    home, endpoint = str(tmp_path / "cache"), f"http://127.0.0.1:{server.server_port}"
+    home = dict(HF_HOME=str(tmp_path / "cache"), HF_HUB_CACHE=str(tmp_path / "cache" / "hub"), NO_PROXY="127.0.0.1")
+    endpoint = f"http://127.0.0.1:{server.server_port}"
     good = ["owner/model", "owner/bin@main", "owner/meta", f"owner/model@{SHA}"]
     bad = ["owner/gated", "owner/missing", "owner/model@v2", "owner/broken", "owner/nothing"]
-    result = in_a_process("-c", HUB_SCRIPT, *good, *bad, HF_ENDPOINT=endpoint, HF_HOME=home, HF_HUB_OFFLINE="0")
+    result = in_a_process("-c", HUB_SCRIPT, *good, *bad, HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="0", **home)
     server.shutdown()
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert len(lines) == len(good + bad), result
@@ -533,7 +534,7 @@ def test_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raises("owner/model@v2", "owner/model@v2", "cache")
 
     # the whole way, as a user would: what is it?
-    shown = in_a_process("checkpoint.py", "owner/meta", "--scale", 2, HF_HOME=home, HF_HUB_OFFLINE="1")
+    shown = in_a_process("checkpoint.py", "owner/meta", "--scale", 2, HF_HUB_OFFLINE="1", **home)
     assert shown.returncode == 0 and shown.stderr.count("\n") == 1, shown
     assert re.search(r"^window +8192$", shown.stdout, re.M) and re.search(r"^method +linear$", shown.stdout, re.M)
 

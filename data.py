@@ -318,14 +318,16 @@ class Mix:
     The paper fine-tunes on text alone, and its models can copy already. A tiny base learns it in minutes only from
     text in which copying pays: passkeys, and segments that come again and again.
     dense: the share of the passkey sequences that have many keys and questions; the others are whole prompts.
+    alone: the share of those where one prompt fills the row; the others have several, one after another.
     """
 
     passkey: float = 0.0
     repeat: float = 0.0
     dense: float = 0.5
+    alone: float = 0.5
 
     def __post_init__(self) -> None:
-        shares = (self.passkey, self.repeat, self.passkey + self.repeat, self.dense)
+        shares = (self.passkey, self.repeat, self.passkey + self.repeat, self.dense, self.alone)
         if not all(0 <= share <= 1 for share in shares):
             raise ValueError(f"the shares of the mix must be 0 to 1, and passkey and repeat together too: got {self}")
 
@@ -352,7 +354,7 @@ def _row(corpus: Corpus, tokenizer: Tokenizer, length: int, rng: np.random.Gener
     if kind < mix.passkey * mix.dense:
         row = _dense_passkeys(corpus, tokenizer, size, rng)
     elif kind < mix.passkey:
-        row = (_one_prompt if rng.random() < 0.5 else _several_prompts)(corpus, tokenizer, size, rng)
+        row = (_one_prompt if rng.random() < mix.alone else _several_prompts)(corpus, tokenizer, size, rng)
     elif kind < mix.passkey + mix.repeat:
         row = _repeats(corpus, tokenizer, size, rng)
     else:
@@ -455,7 +457,8 @@ def _one_prompt(corpus: Corpus, tokenizer: Tokenizer, size: int, rng: np.random.
     Behind the header a key is at most three quarters of the tiny window back. What a model has not seen at the end
     of its own window, Position Interpolation can't stretch: the extended window would be of no use that far out.
     """
-    shortest, cut = len(_answered_prompt(tokenizer, "12345", 0, 0)), rng.random() < 0.7
+    shortest = len(_answered_prompt(tokenizer, "12345", 0, 0))
+    cut = rng.random() < 0.7 or shortest > size
     room = size - shortest + (len(_task_line(tokenizer)) if cut else 0)
     if room < 0:
         return _dense_passkeys(corpus, tokenizer, size, rng)

@@ -59,10 +59,10 @@ def recipe(config: LLaMAConfig, scratch: bool) -> dict:
         return paper
     if config.n_params > 20e6:  # between: smaller models are pre-trained, and so fine-tuned, at higher rates
         return paper | dict(learning_rate=1e-4)
-    # A model this small forgets in tens of steps what its data don't ask for. Half of its tokens are the mix of its
-    # pre-training, at the length of its pre-training: it never sees a passkey beyond its original window.
-    return paper | dict(max_iters=300, batch_size=max(2, 4096 // config.block_size), learning_rate=1e-3, decay="linear",
-                        short_share=0.5, passkey_share=0.7, repeat_share=0.3)  # fmt: skip
+    # A model this small forgets in tens of steps what its data don't ask for: half of its tokens keep the skill of
+    # retrieval alive, in sequences no longer than those of its pre-training. It sees no passkey beyond its old window.
+    return paper | dict(max_iters=200, batch_size=max(2, 8192 // config.block_size), learning_rate=1e-3, decay="linear",
+                        short_share=0.5, passkey_share=0.8, repeat_share=0.2)  # fmt: skip
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -151,16 +151,19 @@ def lr_at(step: int, args: argparse.Namespace) -> float:
 def batch_parts(args: argparse.Namespace, config: LLaMAConfig, step: int = 0) -> list[tuple[int, int, data.Mix]]:
     """What a batch is made of: (length, sequences, mix) of each part.
 
-    The mix of text and retrieval is of the length that the base is pre-trained with. Pre-training cuts the share of
-    retrieval to a third for its last fifth: by then the skill is there, and text is what it reads worse.
+    Pre-training: the mix of text and retrieval, at the window. Its last fifth has a third of the retrieval: by then
+    the skill is there, and text is what it reads worse. Extending: plain text at the long window, and (short_share)
+    retrieval at the original window, half and a quarter of it. There each row holds one key at most: a row with several,
+    asked for the latest one, would teach to look no further than that, which is the opposite of a longer window.
     """
     cut = 1 / 3 if args.init == "scratch" and step >= 0.8 * args.max_iters else 1.0
-    mix = data.Mix(passkey=args.passkey_share * cut, repeat=args.repeat_share * cut)
+    shares = dict(passkey=args.passkey_share * cut, repeat=args.repeat_share * cut)
     T, L = config.block_size, min(config.block_size, config.original_window)
     if T == L:
-        return [(T, args.batch_size, mix)]
-    short = round(args.batch_size * args.short_share)  # sequences' worth of tokens
-    parts = [(T, args.batch_size - short, data.Mix()), (L, short * (T // L), mix)]
+        return [(T, args.batch_size, data.Mix(**shares))]
+    short = round(args.batch_size * args.short_share)  # counted as sequences of T tokens
+    rows, mix = short * (T // L), data.Mix(**shares, dense=0.0, alone=1.0)
+    parts = [(T, args.batch_size - short, data.Mix()), (L, rows - rows // 2, mix), (L // 2, rows // 2, mix), (L // 4, rows // 2 * 2, mix)]
     return [part for part in parts if part[1]]
 
 

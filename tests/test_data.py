@@ -658,6 +658,16 @@ def test_keys_lie_anywhere_in_the_window(corpus, tok):
     assert quarters.min() > 0.1
 
 
+@pytest.mark.parametrize("length", [64, 128, 256])
+def test_a_prompt_alone_has_one_key_and_its_answer(corpus, tok, length):
+    ids, targets = sample_batch(corpus, tok, length, 0, range(50), seed=0, mix=Mix(passkey=1, dense=0, alone=1))
+    for row in torch.cat([ids, targets[:, -1:]], 1).tolist():
+        text = tok.decode(row)
+        assert text.count("Remember it.") == 1
+        key = re.search(r"The pass key is (\d{5})\. Remember it\. \1 is the pass key\.\n", text)[1]
+        assert f"What is the pass key? The pass key is {key}" in text
+
+
 def test_dense_keys_are_asked_for(corpus, tok):
     ids, _ = sample_batch(corpus, tok, 400, 0, range(20), seed=0, mix=Mix(passkey=1, dense=1))
     asked = 0

@@ -307,14 +307,14 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def load_tokenizer(path: str | Path, config: LLaMAConfig):
-    """The tokenizer in a checkpoint's folder (data.Tokenizer), with the checkpoint's BOS and EOS.
+    """The tokenizer in a checkpoint's folder (tokenizer.Tokenizer), with the checkpoint's BOS and EOS.
     ValueError if there is none, or if it knows more tokens than the model."""
-    import data  # here: data.py is read after this file, and weights alone need none of its libraries
+    import tokenizer as tokenizers  # here: tokenizer.py is read after this file, and builds on it
 
     folder = resolve(path)
     if is_meta(folder) and not _has_tokenizer(folder):
         folder = folder.parent  # LLaMA 1 came as tokenizer.model, 7B/, 13B/, ...
-    tokenizer = data.load_tokenizer(folder, config.bos_id, config.first_eos_id)
+    tokenizer = tokenizers.load_tokenizer(folder, config.bos_id, config.first_eos_id)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
     return tokenizer
@@ -442,13 +442,18 @@ def save(
 # ---- what the command lines share --------------------------------------------------------------------------------
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults in --help, but for those that are None: what these stand for is said in words."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default in (None, False, "") else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with defaults in --help, and bad input as one line and exit code 2."""
 
     def __init__(self, doc: str) -> None:
-        super().__init__(
-            description=doc.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-        )
+        super().__init__(description=doc.split("\n\n")[0], formatter_class=_Help, allow_abbrev=False)
 
     def error(self, message: str) -> None:
         sys.exit(_fail(message))
@@ -457,9 +462,9 @@ class Parser(argparse.ArgumentParser):
 def add_extension_flags(parser: argparse.ArgumentParser) -> None:
     """--scale, --rope, --original_window."""
     add = parser.add_argument
-    add("--scale", type=float, help="the window over the original one, L'/L; None: as the checkpoint is")
+    add("--scale", type=float, help="the window over the original one, L'/L; default: as the checkpoint is")
     add("--rope", help="what positions do: none, linear (Position Interpolation), ntk, dynamic, yarn, llama3; "
-        "None: as the checkpoint is, or linear where --scale extends it")  # fmt: skip
+        "default: as the checkpoint is, or linear where --scale extends it")  # fmt: skip
     add("--original_window", type=int, help="the window of pre-training, where the checkpoint doesn't tell")
 
 
@@ -552,7 +557,7 @@ def main() -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("src", help=FORMS)
-    add("dst", nargs="?", help="the Hugging Face folder to write; None: only say what SRC is")
+    add("dst", nargs="?", help="the Hugging Face folder to write; default: only say what SRC is")
     add_extension_flags(parser)
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of DST; auto: as stored")
     add("--max_shard_size", default="5GB", help="of each file of DST")

@@ -33,11 +33,11 @@ METHODS = {"PI": "linear", "direct": "none", "NTK": "ntk", "YaRN": "yarn"}  # na
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = checkpoint.Parser(__doc__)
     add = parser.add_argument
-    add("--init", help="a checkpoint to extend; None: pre-train the tiny base")
-    add("--data", nargs="+", help="files or folders of text; None: Python's standard library")
+    add("--init", help="a checkpoint to extend; default: pre-train the tiny base")
+    add("--data", nargs="+", help="files or folders of text; default: Python's standard library")
     add("--out", default="out/demo", help="the folder for everything")
     add("--scale", type=float, default=2.0, help="L'/L: the window asked for over the original one")
-    add("--base_steps", type=int, help="pre-training steps; None: train.py's default")
+    add("--base_steps", type=int, help="pre-training steps; default: train.py's default")
     add("--steps", default="25,50,100,200", help="look at the fine-tunes after these steps; the last one ends them")
     add("--all", action="store_true", help="fine-tune with NTK and YaRN too")
     add("--distances", type=int, default=32, help="passkey: values of k")
@@ -98,7 +98,7 @@ def evaluated(file: Path, folder: Path, extend: dict, parent: dict, long: int, a
     def work() -> dict:
         device, dtype = checkpoint.device_and_dtype(argparse.Namespace(device=args.device, dtype="auto"))
         llama = checkpoint.load(folder, **extend, device=device, dtype=dtype).eval()
-        tokenizer = data.load_tokenizer(folder, llama.config.bos_id, llama.config.first_eos_id)
+        tokenizer = checkpoint.load_tokenizer(folder, llama.config)
         documents, _ = eval_ppl.choose_documents(
             data.load_corpus(args.data, tokenizer, "val").documents(), long, args.max_tokens, args.documents
         )

@@ -278,8 +278,8 @@ def evaluation_parser(doc: str) -> Parser:
     parser = Parser(doc)
     checkpoint.add_model_flags(parser)
     add = parser.add_argument
-    add("--batch_size", type=int, help=f"sequences at a time; None: as many as make {BATCH_TOKENS} tokens")
-    place = "None: in the checkpoint's folder (out/NAME for one from the hub), or beside the first of several"
+    add("--batch_size", type=int, help=f"sequences at a time; default: as many as make {BATCH_TOKENS} tokens")
+    place = "default: in the checkpoint's folder (out/NAME for one from the hub), or beside the first of several"
     add("--json", help=f"the results; {place}")
     add("--plot", help=f"the picture, .png, .svg or .pdf; {place}")
     return parser
@@ -352,14 +352,14 @@ def open_checkpoint(args: argparse.Namespace, name: str) -> tuple[LLaMA, data.To
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = evaluation_parser(__doc__)
     add = parser.add_argument
-    add("--data", nargs="+", help="files or folders of .txt/.md/.py, .jsonl or .parquet; None: Python's library")
+    add("--data", nargs="+", help="files or folders of .txt/.md/.py, .jsonl or .parquet; default: Python's library")
     add("--split", choices=("train", "val", "all"), help="which documents; val: those that train.py holds out; "
-        "None: all of --data, val of Python's library")  # fmt: skip
-    add("--windows", nargs="+", help="tokens, as 256,512,1024; None: the original window and its doublings")
-    add("--stride", type=int, help="tokens that a window scores; None: 256, or half the smallest window if less")
+        "default: all of --data, val of Python's library")  # fmt: skip
+    add("--windows", nargs="+", help="tokens, as 256,512,1024; default: the original window and its doublings")
+    add("--stride", type=int, help="tokens that a window scores; default: 256, or half the smallest window if less")
     add("--max_tokens", type=int, help="cut each document to its first N tokens")
     add("--max_documents", type=int, help="take N documents, drawn by --seed")
-    add("--min_tokens", type=int, help="take documents of at least N tokens; None: the largest window")
+    add("--min_tokens", type=int, help="take documents of at least N tokens; default: the largest window")
     add("--by_position", action="store_true", help="also the loss by position, in each checkpoint's largest window")
     return parser.parse_args(argv)
 

@@ -170,7 +170,7 @@ def draw_heat_map(axis, result: dict):
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = evaluation_parser(__doc__)
     add = parser.add_argument
-    add("--lengths", nargs="+", help="tokens of prompt and answer, as 512,1024; None: the window in force")
+    add("--lengths", nargs="+", help="tokens of prompt and answer, as 512,1024; default: the window in force")
     add("--distances", type=int, default=32, help="values of k: i/N of the length for i = 1 ... N")
     add("--tries", type=int, default=10, help="prompts for each k, each with a new key")
     return parser.parse_args(argv)

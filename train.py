@@ -70,14 +70,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     checkpoint.add_model_flags(parser)
     add = parser.add_argument
     add("--preset", default="tiny", choices=PRESETS, help="the shape, when --init is scratch")
-    add("--data", nargs="+", help="files or folders of .txt/.md/.py, .jsonl or .parquet; None: Python's standard library")
-    add("--out", help="the folder to write; None: out/base, or out/METHOD-SCALE when extending")
+    add("--data", nargs="+", help="files or folders of .txt/.md/.py, .jsonl or .parquet; default: Python's standard library")
+    add("--out", help="the folder to write; default: out/base, or out/METHOD-SCALE when extending")
     add("--resume", action="store_true", help="go on with the run in --out, with its flags unless given anew")
     add("--overwrite", action="store_true", help="start anew in an --out that holds a run")
-    by_size = "; None: by the model's size, see `recipe`"
+    by_size = "; default: by the model's size, see `recipe`"
     add("--max_iters", type=int, help="steps" + by_size)
     add("--batch_size", type=int, help="sequences a step, over all processes" + by_size)
-    add("--micro_batch_size", type=int, help="sequences at a time on one process; None: about 16,384 tokens")
+    add("--micro_batch_size", type=int, help="sequences at a time on one process; default: about 16,384 tokens")
     add("--learning_rate", type=float, help="the peak" + by_size)
     add("--warmup_iters", type=int, help="steps from 10%% of the peak to it" + by_size)
     add("--decay", choices=("constant", "linear"), help="after the warm-up: linear goes to 5%% of the peak" + by_size)
@@ -89,9 +89,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--repeat_share", type=float, help="sequences of the original length made of repeated segments" + by_size)
     add("--save_every", type=int, default=200, help="steps between two checkpoints to resume from")
     add("--save_at", default="", help="steps, as 0,200,400, whose weights are kept in OUT/step-N (the paper's tables over steps)")
-    add("--eval_every", type=int, help="steps between two looks at the validation loss; None: a tenth of --max_iters")
+    add("--eval_every", type=int, help="steps between two looks at the validation loss; default: a tenth of --max_iters")
     add("--dist", choices=("ddp", "fsdp"), help="under torchrun: each process holds all the weights, or a part; "
-        "None: ddp where weights, gradients and optimizer fit one device")  # fmt: skip
+        "default: ddp where weights, gradients and optimizer fit one device")  # fmt: skip
     add("--checkpoint_activations", default="none", choices=("none", "full", "selective"),
         help="recompute activations in the backward pass: slower, far less memory")  # fmt: skip
     add("--compile", action="store_true", help="torch.compile, block by block")
@@ -305,12 +305,9 @@ def prepare(args: argparse.Namespace) -> tuple[LLaMAConfig, data.Tokenizer, Call
         tokenizer = data.train_tokenizer((text for _, text in data.read_documents(args.data, "train")), config.vocab_size)
         config = replace(config, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
         return config, tokenizer, lambda: LLaMA(config)
-    insist = args.rope is not None and args.original_window is not None
-    config = checkpoint.extend(checkpoint.read_config(args.init, args.original_window), args.scale, args.rope, insist)
-    tokenizer = data.load_tokenizer(args.init, config.bos_id, config.first_eos_id)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"{args.init}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
     flags = dict(scale=args.scale, rope=args.rope, original_window=args.original_window)
+    config = checkpoint.read_config(args.init, **flags)
+    tokenizer = checkpoint.load_tokenizer(args.init, config)
     return config, tokenizer, lambda: checkpoint.load(args.init, **flags, dtype=torch.float32)
 
 

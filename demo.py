@@ -83,17 +83,32 @@ def trained(folder: Path, flags: list[str], parent: dict, title: str) -> dict:
         print(f"\n== {title}", file=sys.stderr)
         same = begun.exists() and checkpoint.read_json(begun) == settings
         checkpoint.write_json(begun, settings)
-        train.main([*flags, "--out", str(folder), *(["--resume"] if same and train.states(folder) else ["--overwrite"])])
+        train.main(
+            [*flags, "--out", str(folder), *(["--resume"] if same and train.states(folder) else ["--overwrite"])]
+        )
         return {}
 
     stage(folder.with_suffix(".json"), settings, work)
     return settings
 
 
-def evaluated(file: Path, folder: Path, extend: dict, parent: dict, long: int, args: argparse.Namespace, seed: int) -> dict:
+def evaluated(
+    file: Path, folder: Path, extend: dict, parent: dict, long: int, args: argparse.Namespace, seed: int
+) -> dict:
     """Both measures of a checkpoint, looked at with its window extended as `extend` says."""
-    measure = {"distances": args.distances, "tries": args.tries, "documents": args.documents, "max_tokens": args.max_tokens}
-    settings = {"parent": parent, "extend": extend, **measure, "data": args.data, "code": code_of(eval_ppl, passkey, data, *MODEL_CODE)}
+    measure = {
+        "distances": args.distances,
+        "tries": args.tries,
+        "documents": args.documents,
+        "max_tokens": args.max_tokens,
+    }
+    settings = {
+        "parent": parent,
+        "extend": extend,
+        **measure,
+        "data": args.data,
+        "code": code_of(eval_ppl, passkey, data, *MODEL_CODE),
+    }
 
     def work() -> dict:
         device, dtype = checkpoint.device_and_dtype(argparse.Namespace(device=args.device, dtype="auto"))
@@ -111,12 +126,22 @@ def evaluated(file: Path, folder: Path, extend: dict, parent: dict, long: int, a
         stride = min(256, windows[0] // 2)
         return {
             "ppl": {
-                str(w): eval_ppl.perplexity(llama, documents, w, stride, tokenizer.bos_id, desc=f"{file.stem}, window {w}")
+                str(w): eval_ppl.perplexity(
+                    llama, documents, w, stride, tokenizer.bos_id, desc=f"{file.stem}, window {w}"
+                )
                 for w in [*windows, long]
             },
-            "positions": eval_ppl.position_nll(llama, documents, long, tokenizer.bos_id, desc=f"{file.stem}, by position").tolist(),
+            "positions": eval_ppl.position_nll(
+                llama, documents, long, tokenizer.bos_id, desc=f"{file.stem}, by position"
+            ).tolist(),
             "points": passkey.retrieve(
-                llama, tokenizer, long, passkey.distances(long, args.distances), args.tries, seed, desc=f"{file.stem}, passkeys"
+                llama,
+                tokenizer,
+                long,
+                passkey.distances(long, args.distances),
+                args.tries,
+                seed,
+                desc=f"{file.stem}, passkeys",
             ),
         }
 
@@ -167,21 +192,20 @@ def find(rows: list[dict], name: str, steps: int | None = None) -> dict:
 
 def summary(rows: list[dict], window: int, long: int) -> list[str]:
     """Two sentences on what the rows show, whatever they show: on perplexity, and on passkeys."""
-    base, squeezed, pi, direct = find(rows, "base"), find(rows, "PI", 0), find(rows, "PI"), find(rows, "direct")
-    own, far = base["ppl"][str(window)], str(long)
-    blow_up = base["ppl"][far] / own
-    curve = list(pi["ppl"].values())
+    base, untuned, pi, direct = find(rows, "base"), find(rows, "PI", 0), find(rows, "PI"), find(rows, "direct")
+    own, far, curve = base["ppl"][str(window)], str(long), list(pi["ppl"].values())
+    at = {name: row["ppl"][far] for name, row in (("base", base), ("untuned", untuned), ("pi", pi), ("direct", direct))}
+    blow_up = f"does not blow up ({own:.1f} at {window}, {at['base']:.1f} at {long})"
+    if at["base"] > 1.2 * own:
+        blow_up = f"blows up {at['base'] / own:.1f}-fold, from {own:.1f} to {at['base']:.1f}"
+    beside = "at or below" if at["pi"] <= own else f"{at['pi'] / own - 1:.0%} above"
+    slope = "falling" if all(b < a for a, b in zip(curve, curve[1:])) else "not falling"
     first = (
-        f"Read {long // window if long % window == 0 else long / window:g} times beyond its window, the base's perplexity "
-        + (f"blows up {blow_up:.1f}-fold, from {own:.1f} to {base['ppl'][far]:.1f}" if blow_up > 1.2 else
-           f"does not blow up ({own:.1f} at {window}, {base['ppl'][far]:.1f} at {long})")
-        + f"; Position Interpolation without fine-tuning has {squeezed['ppl'][far]:.1f} there, "
-        + ("better" if squeezed["ppl"][far] < base["ppl"][far] else "no better")
-        + f" than extrapolating, and after {pi['steps']} steps {pi['ppl'][far]:.1f}, "
-        + ("at or below" if pi["ppl"][far] <= own else f"{pi['ppl'][far] / own - 1:.0%} above")
-        + f" the base at its own window, {'falling' if all(b < a for a, b in zip(curve, curve[1:])) else 'not falling'} as the "
-        + f"window grows; direct fine-tuning has {direct['ppl'][far]:.1f}."
-    )  # fmt: skip
+        f"Read {long / window:g} times beyond its window, the base's perplexity {blow_up}; Position Interpolation "
+        f"without fine-tuning has {at['untuned']:.1f} there, {'better' if at['untuned'] < at['base'] else 'no better'} "
+        f"than extrapolating, and after {pi['steps']} steps {at['pi']:.1f}, {beside} the base at its own window, "
+        f"{slope} as the window grows; direct fine-tuning has {at['direct']:.1f}."
+    )
 
     def reach(row: dict) -> str:
         tested = max(point["k"] for point in row["points"])
@@ -191,17 +215,21 @@ def summary(rows: list[dict], window: int, long: int) -> list[str]:
             return f"beyond the original window, though not to the end (k_max {row['k_max']} of {tested})"
         return f"no further than the original window (k_max {row['k_max']} of {tested})"
 
-    verdict = "further than" if pi["k_max"] > direct["k_max"] else "as far as" if pi["k_max"] == direct["k_max"] else "less far than"
+    further = pi["k_max"] - direct["k_max"]
+    verdict = "further than" if further > 0 else "less far than" if further < 0 else "as far as"
     second = (
-        f"With no passkey beyond {window} tokens in the fine-tune, PI finds keys over {reach(pi)} after {pi['steps']} steps, "
-        f"{verdict} direct fine-tuning, which finds them over {reach(direct)}."
+        f"With no passkey beyond {window} tokens in the fine-tune, PI finds keys over {reach(pi)} after {pi['steps']} "
+        f"steps, {verdict} direct fine-tuning, which finds them over {reach(direct)}."
     )
     return [first, second]
 
 
 def as_table(rows: list[dict]) -> str:
     windows = list(rows[0]["ppl"])
-    cells = [[row["name"], row["rope"], row["steps"], *(f"{row['ppl'][w]:.2f}" for w in windows), row["k_max"]] for row in rows]
+    cells = [
+        [row["name"], row["rope"], row["steps"], *(f"{row['ppl'][w]:.2f}" for w in windows), row["k_max"]]
+        for row in rows
+    ]
     return eval_ppl.table(["", "rope", "steps", *(f"ppl at {w}" for w in windows), "k_max"], cells)
 
 
@@ -215,7 +243,9 @@ def spread(runs: list[list[dict]]) -> str:
     for same in zip(*runs):
         ppl = [cell([row["ppl"][w] for row in same], 2) for w in same[0]["ppl"]]
         each = ", ".join(str(row["k_max"]) for row in same)
-        cells.append([same[0]["name"], same[0]["rope"], same[0]["steps"], *ppl, cell([row["k_max"] for row in same], 0), each])
+        cells.append(
+            [same[0]["name"], same[0]["rope"], same[0]["steps"], *ppl, cell([row["k_max"] for row in same], 0), each]
+        )
     windows = [f"ppl at {w}" for w in runs[0][0]["ppl"]]
     return eval_ppl.table(["", "rope", "steps", *windows, "k_max", "k_max of each seed"], cells)
 
@@ -228,10 +258,17 @@ def draw(rows: list[dict], window: int, long: int, file: Path) -> None:
             chosen.append((f"{name}, {find(rows, name)['steps']} steps", find(rows, name)))
     shared = [{"label": label, "original_window": window} for label, _ in chosen]
     figure, (left, middle, right) = eval_ppl.new_figure(3, 5.0)
-    ppl = [s | {"windows": [{"window": int(w), "ppl": p} for w, p in row["ppl"].items()]} for s, (_, row) in zip(shared, chosen)]
+    ppl = [
+        s | {"windows": [{"window": int(w), "ppl": p} for w, p in row["ppl"].items()]}
+        for s, (_, row) in zip(shared, chosen)
+    ]
     eval_ppl.draw(left, ppl)
-    eval_ppl.draw_positions(middle, [s | {"positions": {"nll": row["positions"]}} for s, (_, row) in zip(shared, chosen)])
-    passkey.draw_curves(right, [s | {"points": row["points"], "k_max": row["k_max"]} for s, (_, row) in zip(shared, chosen)])
+    eval_ppl.draw_positions(
+        middle, [s | {"positions": {"nll": row["positions"]}} for s, (_, row) in zip(shared, chosen)]
+    )
+    passkey.draw_curves(
+        right, [s | {"points": row["points"], "k_max": row["k_max"]} for s, (_, row) in zip(shared, chosen)]
+    )
     eval_ppl.save_figure(figure, file)
 
 
@@ -244,8 +281,17 @@ def draw_steps(rows: list[dict], long: int, file: Path) -> None:
             steps = [row["steps"] for row in curve]
             left.plot(steps, [row["ppl"][str(long)] for row in curve], label=name, **eval_ppl.style(i))
             right.plot(steps, [row["k_max"] for row in curve], label=name, **eval_ppl.style(i))
-    left.set(xlabel="fine-tuning steps", ylabel=f"perplexity at {long} tokens", title="Perplexity over steps (paper: table 3)")
-    right.set(xlabel="fine-tuning steps", ylabel="k_max (tokens)", title="Passkey reach over steps (paper: table 4)", ylim=(0, 1.05 * long))
+    left.set(
+        xlabel="fine-tuning steps",
+        ylabel=f"perplexity at {long} tokens",
+        title="Perplexity over steps (paper: table 3)",
+    )
+    right.set(
+        xlabel="fine-tuning steps",
+        ylabel="k_max (tokens)",
+        title="Passkey reach over steps (paper: table 4)",
+        ylim=(0, 1.05 * long),
+    )
     for axis in (left, right):
         axis.grid(color="0.92")
         axis.legend(fontsize=8)

@@ -122,8 +122,9 @@ def draw_curves(axis, results: list[dict]) -> None:
         best = result["k_max"]
         axis.plot([p["k"] for p in points], [p["success"] for p in points],
                   label=f"{label(result)}: k_max {best:,}", **style(i) | dict(markersize=4.5))  # fmt: skip
-        axis.plot([p["k"] for p in points if p["k"] == best], [p["success"] for p in points if p["k"] == best],
-                  "o", markersize=12, fillstyle="none", color=style(i)["color"], clip_on=False)  # fmt: skip
+        if best:
+            axis.plot([p["k"] for p in points if p["k"] == best], [p["success"] for p in points if p["k"] == best],
+                      "o", markersize=12, fillstyle="none", color=style(i)["color"], clip_on=False)  # fmt: skip
     mark_original(axis, results)
     axis.axhline(THRESHOLD, color="0.55", linewidth=1, zorder=0)
     axis.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1], ["0%", "20%", "40%", "60%", "80%", "100%"])

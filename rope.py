@@ -52,7 +52,8 @@ def rope_frequencies(
              yarn     slow pairs interpolated, fast ones kept, a ramp between; cos and sin grow a little
              llama3   Llama 3.1's: as yarn, with another ramp and no factor
     scale: L'/L, at least 1.  original_window: L, in tokens (dynamic, yarn, llama3).  length: l (dynamic).
-    beta_fast, beta_slow: yarn's ramp, in turns over the original window.  attention_factor: yarn's, if not 0.1 ln s + 1.
+    beta_fast, beta_slow: yarn's ramp, in turns over the original window.
+    attention_factor: yarn's factor on cos and sin; None: 0.1 ln(scale) + 1.
     low_freq_factor, high_freq_factor: llama3's ramp, likewise.
     Returns inv_freq (head_dim/2,) float32, in radians per position, and attention_factor.
     Raises ValueError for an unknown method or a value out of range.
@@ -80,7 +81,7 @@ def rope_frequencies(
     if method == "linear":
         inv_freq = inv_freq / scale  # (m / scale) * theta_j, written as m * (theta_j / scale)
     elif method in ("ntk", "dynamic"):
-        if method == "dynamic":  # Hugging Face's formula for length l > L: it is 1 at l = L and scale at l = 2L - L/scale
+        if method == "dynamic":  # Hugging Face's formula for length l > L
             ratio = max(length or 0, original_window) / original_window
             scale = scale * ratio - (scale - 1)
         # pair d/2 - 1 then turns by theta_j / scale, pair 0 as before (with d = 2 they are one pair, kept)

@@ -70,7 +70,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     checkpoint.add_model_flags(parser)
     add = parser.add_argument
     add("--preset", default="tiny", choices=PRESETS, help="the shape, when --init is scratch")
-    add("--data", nargs="+", help="files or folders of .txt/.md/.py, .jsonl or .parquet; default: Python's standard library")
+    add(
+        "--data",
+        nargs="+",
+        help="files or folders of .txt/.md/.py, .jsonl or .parquet; default: Python's standard library",
+    )
     add("--out", help="the folder to write; default: out/base, or out/METHOD-SCALE when extending")
     add("--resume", action="store_true", help="go on with the run in --out, with its flags unless given anew")
     add("--overwrite", action="store_true", help="start anew in an --out that holds a run")
@@ -83,13 +87,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--decay", choices=("constant", "linear"), help="after the warm-up: linear goes to 5%% of the peak" + by_size)
     add("--weight_decay", type=float, default=0.0, help="AdamW's")
     add("--grad_clip", type=float, default=1.0, help="the largest norm of the gradient; 0: no clipping")
-    add("--short_share", type=float, help="when extending: tokens in sequences of the original length; the longer ones are "
-        "plain text" + by_size)  # fmt: skip
+    add("--short_share", type=float, help="when extending: tokens in sequences of the original length or less; "
+        "the longer are plain text" + by_size)  # fmt: skip
     add("--passkey_share", type=float, help="sequences of the original length with passkeys" + by_size)
     add("--repeat_share", type=float, help="sequences of the original length made of repeated segments" + by_size)
     add("--save_every", type=int, default=200, help="steps between two checkpoints to resume from")
-    add("--save_at", default="", help="steps, as 0,200,400, whose weights are kept in OUT/step-N (the paper's tables over steps)")
-    add("--eval_every", type=int, help="steps between two looks at the validation loss; default: a tenth of --max_iters")
+    add(
+        "--save_at",
+        default="",
+        help="steps, as 0,200,400, whose weights are kept in OUT/step-N (the paper's tables over steps)",
+    )
+    add(
+        "--eval_every", type=int, help="steps between two looks at the validation loss; default: a tenth of --max_iters"
+    )
     add("--dist", choices=("ddp", "fsdp"), help="under torchrun: each process holds all the weights, or a part; "
         "default: ddp where weights, gradients and optimizer fit one device")  # fmt: skip
     add("--checkpoint_activations", default="none", choices=("none", "full", "selective"),
@@ -97,16 +107,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--compile", action="store_true", help="torch.compile, block by block")
     args = parser.parse_args(argv)
     if args.resume:
-        newest = newest_state(Path(args.out or parser.error("--resume needs --out, the folder of the run to go on with")))
+        newest = newest_state(
+            Path(args.out or parser.error("--resume needs --out, the folder of the run to go on with"))
+        )
         parser.set_defaults(**checkpoint.read_json(newest / "args.json"))
         args = parser.parse_args(argv)
         args.newest = newest
     elif args.init is None:
         args.init = "out/base" if args.scale or args.rope else "scratch"
         if args.init == "out/base" and not Path("out/base").exists():
-            parser.error("--scale and --rope extend a model and out/base isn't there: make it with `python train.py`, or give --init")
+            parser.error(
+                "--scale and --rope extend a model, and out/base isn't there: make it with `python train.py`, or "
+                "give --init"
+            )
     if args.init == "scratch" and (args.scale or args.rope):
-        parser.error("--scale and --rope extend a model that is trained already: first `python train.py`, then --init out/base")
+        parser.error(
+            "--scale and --rope extend a model that is trained already: first `python train.py`, then --init out/base"
+        )
     return args
 
 
@@ -118,16 +135,31 @@ def check(args: argparse.Namespace, config: LLaMAConfig, processes: int) -> None
     for name in ("max_iters", "batch_size", "save_every"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    for name in ("learning_rate", "warmup_iters", "weight_decay", "grad_clip", "short_share", "passkey_share", "repeat_share"):
+    for name in (
+        "learning_rate",
+        "warmup_iters",
+        "weight_decay",
+        "grad_clip",
+        "short_share",
+        "passkey_share",
+        "repeat_share",
+    ):
         if not 0 <= getattr(args, name) < math.inf:
             raise ValueError(f"--{name} must be a finite number of at least 0, got {getattr(args, name)}")
     if args.passkey_share + args.repeat_share > 1:
-        raise ValueError(f"--passkey_share {args.passkey_share} and --repeat_share {args.repeat_share} add up to more than 1")
+        raise ValueError(
+            f"--passkey_share {args.passkey_share} and --repeat_share {args.repeat_share} add up to more than 1"
+        )
     if args.short_share >= 1:
-        raise ValueError(f"--short_share {args.short_share} leaves no sequence at the extended window: give less than 1")
+        raise ValueError(
+            f"--short_share {args.short_share} leaves no sequence at the extended window: give less than 1"
+        )
     for length, n, _ in batch_parts(args, config):
         if n % processes:
-            raise ValueError(f"--batch_size {args.batch_size}: its {n} sequences of {length} tokens can't be shared among {processes} processes")
+            raise ValueError(
+                f"--batch_size {args.batch_size}: its {n} sequences of {length} tokens can't be shared among "
+                f"{processes} processes"
+            )
     if args.micro_batch_size is None:
         args.micro_batch_size = max(1, 16384 // config.block_size)
     if args.micro_batch_size < 1:
@@ -139,7 +171,9 @@ def check(args: argparse.Namespace, config: LLaMAConfig, processes: int) -> None
     if args.eval_every is None:
         args.eval_every = max(1, args.max_iters // 10)
     if config.rope == "dynamic":
-        raise ValueError("--rope dynamic changes with the length and is not trained: use it to evaluate, or train another method")
+        raise ValueError(
+            "--rope dynamic changes with the length and is not trained: use it to evaluate, or train another method"
+        )
 
 
 def lr_at(step: int, args: argparse.Namespace) -> float:
@@ -153,8 +187,8 @@ def batch_parts(args: argparse.Namespace, config: LLaMAConfig, step: int = 0) ->
 
     Pre-training: the mix of text and retrieval, at the window. Its last fifth has a third of the retrieval: by then
     the skill is there, and text is what it reads worse. Extending: plain text at the long window, and (short_share)
-    retrieval at the original window, half and a quarter of it. There each row holds one key at most: a row with several,
-    asked for the latest one, would teach to look no further than that, which is the opposite of a longer window.
+    retrieval at the original window, half and a quarter of it. There each row holds one key at most: a row with
+    several, asked for the latest one, would teach to look no further than that: the opposite of a longer window.
     """
     cut = 1 / 3 if args.init == "scratch" and step >= 0.8 * args.max_iters else 1.0
     shares = dict(passkey=args.passkey_share * cut, repeat=args.repeat_share * cut)
@@ -163,7 +197,12 @@ def batch_parts(args: argparse.Namespace, config: LLaMAConfig, step: int = 0) ->
         return [(T, args.batch_size, data.Mix(**shares))]
     short = round(args.batch_size * args.short_share)  # counted as sequences of T tokens
     rows, mix = short * (T // L), data.Mix(**shares, dense=0.0, alone=1.0)
-    parts = [(T, args.batch_size - short, data.Mix()), (L, rows - rows // 2, mix), (L // 2, rows // 2, mix), (L // 4, rows // 2 * 2, mix)]
+    parts = [
+        (T, args.batch_size - short, data.Mix()),
+        (L, rows - rows // 2, mix),
+        (L // 2, rows // 2, mix),
+        (L // 4, rows // 2 * 2, mix),
+    ]
     return [part for part in parts if part[1]]
 
 
@@ -181,7 +220,9 @@ def newest_state(out: Path) -> Path:
     return states(out)[-1]
 
 
-def save_state(out: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> None:
+def save_state(
+    out: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, args: argparse.Namespace
+) -> None:
     """Everything that a resumed run needs, written beside and renamed; the last two are kept."""
     final, temporary = out / f"trainer/step-{step}", out / f"trainer/.step-{step}.tmp"
     if final.exists():
@@ -193,7 +234,9 @@ def save_state(out: Path, step: int, model: torch.nn.Module, optimizer: torch.op
     weights, moments = get_state_dict(model, optimizer)
     dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary, no_dist=not dist.is_initialized())
     if rank() == 0:
-        kept = {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite", "newest", "keep")}
+        kept = {
+            name: value for name, value in vars(args).items() if name not in ("resume", "overwrite", "newest", "keep")
+        }
         checkpoint.write_json(temporary / "args.json", kept)
         temporary.rename(final)
         for old in states(out)[:-2]:
@@ -208,7 +251,9 @@ def load_state(state: Path, model: torch.nn.Module, optimizer: torch.optim.Optim
         dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=state, no_dist=not dist.is_initialized())
     except (dcp.api.CheckpointException, RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[-300:]
-        raise ValueError(f"{state} does not hold this model and optimizer ({reason}): is --init another model?") from None
+        raise ValueError(
+            f"{state} does not hold this model and optimizer ({reason}): is --init another model?"
+        ) from None
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     return int(state.name.removeprefix("step-"))
 
@@ -233,21 +278,26 @@ def mean_over_processes(x: torch.Tensor) -> torch.Tensor:
 
 
 def choose_dist(args: argparse.Namespace, config: LLaMAConfig, device: torch.device) -> str:
-    """--dist, or what suits the model: 16 bytes a parameter (float32 weight, gradient, two moments) in a device's memory."""
+    """--dist, or what suits: 16 bytes a parameter (float32 weight, gradient, two moments) against a device's memory."""
     if args.dist or device.type != "cuda":
         return args.dist or "ddp"
     needed, there = 16 * config.n_params, torch.cuda.get_device_properties(device).total_memory
     choice = "ddp" if needed < 0.6 * there else "fsdp"  # the rest is for activations
     if rank() == 0:
-        print(f"--dist {choice}: weights and optimizer take {needed / 1e9:.0f} GB, a device has {there / 1e9:.0f}", file=sys.stderr)
+        print(
+            f"--dist {choice}: weights and optimizer take {needed / 1e9:.0f} GB, a device has {there / 1e9:.0f}",
+            file=sys.stderr,
+        )
     return choice
 
 
-def sharded(source: LLaMA | None, config: LLaMAConfig, device: torch.device, dtype: torch.dtype, compiled: bool) -> LLaMA:
+def sharded(
+    source: LLaMA | None, config: LLaMAConfig, device: torch.device, dtype: torch.dtype, compiled: bool
+) -> LLaMA:
     """The model cut into shards, one a process (FSDP2): each block is gathered when its turn comes and dropped after.
 
     source: the weights, on process 0 alone. Weights and moments are float32; what is gathered is dtype, gradients are
-    summed in float32. Blocks take their inputs as they are: the embedding's output is dtype, and cos and sin stay float32.
+    summed in float32. Blocks take their inputs as they are: the embedding's output is dtype, cos and sin are float32.
     """
     with torch.device("meta"):
         model = LLaMA(config)
@@ -288,7 +338,7 @@ def main(argv: list[str] | None = None) -> None:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         train(args, device, dtype)
     finally:
@@ -302,7 +352,9 @@ def prepare(args: argparse.Namespace) -> tuple[LLaMAConfig, data.Tokenizer, Call
     """What to train: its config, its tokenizer, and a function that brings its weights, in float32."""
     if args.init == "scratch":
         config = LLaMAConfig.preset(args.preset)
-        tokenizer = data.train_tokenizer((text for _, text in data.read_documents(args.data, "train")), config.vocab_size)
+        tokenizer = data.train_tokenizer(
+            (text for _, text in data.read_documents(args.data, "train")), config.vocab_size
+        )
         config = replace(config, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
         return config, tokenizer, lambda: LLaMA(config)
     flags = dict(scale=args.scale, rope=args.rope, original_window=args.original_window)
@@ -318,7 +370,9 @@ def train(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
     check(args, config, processes)
     out = Path(args.out or ("out/base" if args.init == "scratch" else f"out/{config.rope}-{config.scale:g}"))
     if states(out) and not args.resume and not args.overwrite:
-        raise ValueError(f"--out {out} holds a run: --resume to go on with it, --overwrite to start anew, or another --out")
+        raise ValueError(
+            f"--out {out} holds a run: --resume to go on with it, --overwrite to start anew, or another --out"
+        )
     corpus = data.load_corpus(args.data, tokenizer, "train")
     held_out = data.load_corpus(args.data, tokenizer, "val")
     T = config.block_size
@@ -346,11 +400,18 @@ def train(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
     if rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
         if args.overwrite and not args.resume:
-            shutil.rmtree(out / "trainer", ignore_errors=True)
+            for old in (out / "trainer", *out.glob("step-*")):
+                shutil.rmtree(old, ignore_errors=True)
         lines = log_file.read_text().splitlines(keepends=True) if args.resume and log_file.exists() else []
-        with checkpoint.replacing(log_file) as temporary:  # lines after the state that we resume from will be written again
-            temporary.write_text("".join(line for line in lines if json.loads(line)["iter"] <= start))
-        window = f"window {config.original_window} -> {T} by rope {config.rope!r}" if args.init != "scratch" else f"window {T}"
+        # lines after the state that we resume from are written again, and a killed run may have left half a line
+        lines = [line for line in lines if line.endswith("\n") and json.loads(line)["iter"] <= start]
+        with checkpoint.replacing(log_file) as temporary:
+            temporary.write_text("".join(lines))
+        window = (
+            f"window {config.original_window} -> {T} by rope {config.rope!r}"
+            if args.init != "scratch"
+            else f"window {T}"
+        )
         print(
             f"{args.init} -> {out}: {config.n_params / 1e6:,.2f} M parameters, {window}; {args.max_iters} steps of "
             f"{args.batch_size} x {T} tokens on {processes} x {device}, {str(dtype).removeprefix('torch.')}",
@@ -366,19 +427,19 @@ def train(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def stopping() -> bool:
-        """Whether any process was told to stop: all must agree on the step."""
-        if not dist.is_initialized():
-            return bool(stop)
-        return bool(mean_over_processes(torch.tensor(float(bool(stop)), device=device)))
+        """Whether any process was told to stop: all agree on the step, on the CPU, so that no GPU is waited for."""
+        return bool(mean_over_processes(torch.tensor(float(len(stop)))))
 
     def batches(step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """This process's share of a step's global batch, in micro batches."""
-        made = []
+        made, first = [], 0
         for length, n, mix in batch_parts(args, config, step):
             share, size = n // processes, args.micro_batch_size * (T // length)
-            mine = range(rank() * share, (rank() + 1) * share)
+            mine = range(first + rank() * share, first + (rank() + 1) * share)
             for i in range(0, share, size):
-                made.append(data.sample_batch(corpus, tokenizer, length, step, mine[i : i + size], seed=args.seed, mix=mix))
+                part = data.sample_batch(corpus, tokenizer, length, step, mine[i : i + size], seed=args.seed, mix=mix)
+                made.append(part)
+            first += n
         return [(x.pin_memory(), y.pin_memory()) for x, y in made] if device.type == "cuda" else made
 
     @torch.no_grad()
@@ -413,28 +474,41 @@ def train(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
                 log.writelines(json.dumps(row) + "\n" for row in rows)
         if not all(map(math.isfinite, values)):
             bad = next(row["iter"] for row, value in zip(rows, values) if not math.isfinite(value))
-            raise ValueError(f"the loss at step {bad} is not finite: lower --learning_rate; {out} keeps the last checkpoint before it")
+            raise ValueError(
+                f"the loss at step {bad} is not finite: lower --learning_rate; {out} keeps the checkpoint before it"
+            )
         bar.set_postfix_str(f"loss {values[-1]:.3f}, {speed:,.0f} tokens/s")
         rows.clear()
         losses.clear()
         since = time.perf_counter()
 
     step, saved = start, start if args.resume else -1
-    with ThreadPoolExecutor(1) as ahead, tqdm(total=args.max_iters, initial=start, unit="step", disable=rank() > 0) as bar:
+    with (
+        ThreadPoolExecutor(1) as ahead,
+        tqdm(total=args.max_iters, initial=start, unit="step", disable=rank() > 0) as bar,
+    ):
         upcoming = ahead.submit(batches, start)
         if start == 0 and 0 in args.keep:
             save_weights(model, out / "step-0", tokenizer)
         while step < args.max_iters and not stopping():
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, args)
-            made, upcoming = upcoming.result(), ahead.submit(batches, step + 1)  # the next batch is made while this one runs
+            made, upcoming = (
+                upcoming.result(),
+                ahead.submit(batches, step + 1),
+            )  # the next batch is made while this one runs
             total, tokens = torch.zeros((), device=device), sum(x.numel() for x, _ in made)
             for i, (x, y) in enumerate(made):
                 last = i == len(made) - 1  # gradients are summed over processes once, with the last micro batch
                 if isinstance(model, FSDPModule):
                     model.set_requires_gradient_sync(last)
-                with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext(), autocast:
-                    loss = model(x.to(device, non_blocking=True), y.to(device, non_blocking=True)) * (x.numel() / tokens)
+                with (
+                    model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext(),
+                    autocast,
+                ):
+                    loss = model(x.to(device, non_blocking=True), y.to(device, non_blocking=True)) * (
+                        x.numel() / tokens
+                    )
                     loss.backward()
                 total += loss.detach()
             if args.grad_clip:
@@ -448,9 +522,12 @@ def train(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
             if step % args.eval_every == 0 or step == args.max_iters:
                 paused = time.perf_counter()
                 rows[-1]["val_loss"] = held_out_loss = validate()
-                bar.write(f"step {step}: validation loss {held_out_loss:.4f}, perplexity {math.exp(held_out_loss):.2f}", sys.stderr)
+                bar.write(
+                    f"step {step}: validation loss {held_out_loss:.4f}, perplexity {math.exp(held_out_loss):.2f}",
+                    sys.stderr,
+                )
                 since += time.perf_counter() - paused
-            if step % LOG_EVERY == 0 or step % args.save_every == 0:
+            if step % LOG_EVERY == 0 or step % args.save_every == 0 or step in args.keep:
                 flush(bar)
             if step % args.save_every == 0:
                 save_state(out, step, model, optimizer, args)
@@ -468,7 +545,10 @@ def train(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
             print(f"stopped at step {step}, saved; go on with: python train.py --resume --out {out}", file=sys.stderr)
         sys.exit(128 + (stop or [signal.SIGTERM])[0])
     if rank() == 0:
-        print(f"{out}: done, {step} steps; next: python eval_ppl.py --init {out}; python passkey.py --init {out}", file=sys.stderr)
+        print(
+            f"{out}: done, {step} steps; next: python eval_ppl.py --init {out}; python passkey.py --init {out}",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

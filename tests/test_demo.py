@@ -79,7 +79,9 @@ def test_spread_over_seeds():
     (["--init", "nowhere"], ["nowhere"]),
 ])  # fmt: skip
 def test_bad_input_is_one_line(tmp_path, flags, words):
-    done = subprocess.run([sys.executable, str(ROOT / "demo.py"), *flags], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "demo.py"), *flags], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1 and all(word in done.stderr for word in words), done.stderr
     assert not list(tmp_path.iterdir())

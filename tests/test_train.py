@@ -19,7 +19,20 @@ from model import PRESETS, LLaMA, LLaMAConfig
 
 ROOT = Path(__file__).parent.parent
 TEXT = [str(ROOT / name) for name in ("rope.py", "model.py", "checkpoint.py", "data.py", "eval_ppl.py")]
-QUICK = ["--short_share", "0", "--data", *TEXT, "--batch_size", "6", "--micro_batch_size", "2", "--eval_every", "100", "--device", "cpu"]
+QUICK = [
+    "--short_share",
+    "0",
+    "--data",
+    *TEXT,
+    "--batch_size",
+    "6",
+    "--micro_batch_size",
+    "2",
+    "--eval_every",
+    "100",
+    "--device",
+    "cpu",
+]
 
 
 def run(out: Path, *flags: str) -> list[dict]:
@@ -42,7 +55,9 @@ def script(*flags: str, processes: int = 1, cwd: Path) -> subprocess.CompletedPr
     if processes > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([*launch, str(ROOT / "train.py"), *flags], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [*launch, str(ROOT / "train.py"), *flags], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -121,7 +136,9 @@ def test_a_longer_schedule_is_resumed_with_the_new_flags(base):
     assert losses(log(out)) == losses(straight)
 
 
-@pytest.mark.parametrize("flags", [("ddp", 2, "none"), ("ddp", 3, "selective"), ("fsdp", 2, "full"), ("fsdp", 3, "none")])
+@pytest.mark.parametrize(
+    "flags", [("ddp", 2, "none"), ("ddp", 3, "selective"), ("fsdp", 2, "full"), ("fsdp", 3, "none")]
+)
 def test_several_processes_give_the_losses_of_one(base, flags):
     engine, processes, activations = flags
     out = Path(f"{engine}-{processes}").resolve()
@@ -176,7 +193,9 @@ def test_no_passkey_beyond_the_original_window_in_fine_tuning(base, monkeypatch)
         return ids, targets
 
     monkeypatch.setattr(data, "sample_batch", spy)
-    monkeypatch.setattr(data, "_text", lambda corpus, n, rng: corpus.tokens[:n])  # rope.py's beginning, which speaks of no passkey
+    monkeypatch.setattr(
+        data, "_text", lambda corpus, n, rng: corpus.tokens[:n]
+    )  # rope.py's beginning, which speaks of no passkey
     train.main(["--data", *TEXT, "--device", "cpu", "--init", str(base), "--scale", "2", "--out", "mix", "--max_iters", "2",
                 "--micro_batch_size", "2", "--eval_every", "9"])  # fmt: skip
     short = [found for length, _, found in drawn if length <= 256]
@@ -189,8 +208,18 @@ def test_no_passkey_beyond_the_original_window_in_fine_tuning(base, monkeypatch)
 
 def test_the_papers_recipe_from_7b_on():
     seven, thirty = (train.recipe(LLaMAConfig.preset(name), scratch=False) for name in ("llama-7b", "llama-33b"))
-    assert (seven["learning_rate"], seven["warmup_iters"], seven["max_iters"], seven["batch_size"]) == (2e-5, 20, 1000, 64)
-    assert (seven["decay"], seven["short_share"], seven["passkey_share"], seven["repeat_share"]) == ("constant", 0, 0, 0)
+    assert (seven["learning_rate"], seven["warmup_iters"], seven["max_iters"], seven["batch_size"]) == (
+        2e-5,
+        20,
+        1000,
+        64,
+    )
+    assert (seven["decay"], seven["short_share"], seven["passkey_share"], seven["repeat_share"]) == (
+        "constant",
+        0,
+        0,
+        0,
+    )
     assert thirty["learning_rate"] == 1e-5
     assert train.recipe(LLaMAConfig.preset("llama3-8b"), scratch=False) == seven
 
@@ -242,13 +271,21 @@ def test_bad_input_is_one_line(base, tmp_path, flags, words):
     flags = [flag.replace("BASE", str(base)) for flag in flags]
     quick = [] if "--data" in flags else ["--data", *TEXT]
     before = sorted(path for path in base.rglob("*"))
-    done = script(*flags, *quick, "--device" if "--device" not in flags else "--seed", "cpu" if "--device" not in flags else "0", cwd=tmp_path)
+    done = script(
+        *flags,
+        *quick,
+        "--device" if "--device" not in flags else "--seed",
+        "cpu" if "--device" not in flags else "0",
+        cwd=tmp_path,
+    )
     assert done.returncode == 2, done.stderr
     lines = [line for line in done.stderr.splitlines() if "tokenizing" not in line and line.strip()]
     assert len(lines) == 1 and lines[0].startswith("train.py: error: "), done.stderr
     assert all(word in lines[0] for word in words), lines[0]
     assert not done.stdout and sorted(path for path in base.rglob("*")) == before
-    assert {path.name for path in tmp_path.iterdir()} <= {"out"} and not list(tmp_path.glob("out/[!c]*"))  # but for the cache
+    assert {path.name for path in tmp_path.iterdir()} <= {"out"} and not list(
+        tmp_path.glob("out/[!c]*")
+    )  # but for the cache
 
 
 def test_resuming_another_model_is_refused(base, monkeypatch):

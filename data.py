@@ -408,25 +408,54 @@ def _key_line(tokenizer: Tokenizer, text: str, key: str, end: str = "\n") -> np.
     return ids
 
 
-def _answered_prompt(tokenizer: Tokenizer, key: str, before: int, after: int) -> np.ndarray:
+@lru_cache(maxsize=8)
+def _line_break(tokenizer: Tokenizer) -> np.ndarray:
+    """The tokens that end a line."""
+    return np.array(tokenizer.encode("a\n")[len(tokenizer.encode("a")) :], dtype=np.int64)
+
+
+@lru_cache(maxsize=8)
+def _endless_filler(tokenizer: Tokenizer) -> np.ndarray:
+    return _filler_line(tokenizer, 10_000)
+
+
+def _cut_filler(tokenizer: Tokenizer, n: int) -> np.ndarray:
+    """A line of n tokens of filler, cut anywhere: with whole sentences alone, keys would lie at a few distances only,
+    and a small model learns those instead of all."""
+    line_break = _line_break(tokenizer)
+    return np.concatenate([_endless_filler(tokenizer)[: max(n - len(line_break), 0)], line_break])[:n]
+
+
+def _answered_prompt(
+    tokenizer: Tokenizer, key: str, before: np.ndarray, after: np.ndarray, header: bool = True
+) -> np.ndarray:
     """A passkey prompt with its answer as a document: the tokens of passkey_text, put together from known lines."""
-    eos = np.array(tokenizer.around[1], dtype=np.int64)
     return np.concatenate([
-        _task_line(tokenizer), _filler_line(tokenizer, before), _key_line(tokenizer, KEY, key),
-        _filler_line(tokenizer, after), _key_line(tokenizer, QUESTION + " {key}", key, end=""), eos,
+        _task_line(tokenizer)[: None if header else 0], before, _key_line(tokenizer, KEY, key), after,
+        _key_line(tokenizer, QUESTION + " {key}", key, end=""), np.array(tokenizer.around[1], dtype=np.int64),
     ])  # fmt: skip
+
+
+def _prompt_of(tokenizer: Tokenizer, size: int, header: bool, rng: np.random.Generator) -> np.ndarray | None:
+    """A prompt of exactly `size` tokens with its answer, the key anywhere in it; None where no prompt is so short."""
+    room = size - len(_answered_prompt(tokenizer, "12345", *[_cut_filler(tokenizer, 0)] * 2, header))
+    if room < 0:
+        return None
+    after = int(rng.integers(room + 1))
+    filler = _cut_filler(tokenizer, room - after), _cut_filler(tokenizer, after)
+    return _answered_prompt(tokenizer, random_key(rng), *filler, header)
 
 
 def _dense_passkeys(corpus: Corpus, tokenizer: Tokenizer, size: int, rng: np.random.Generator) -> np.ndarray:
     """Key lines, a little text or filler after each, then mostly the question: many answers to learn from."""
-    parts, total, line_break = [], 0, _line(tokenizer, "")
+    parts, total, line_break = [], 0, _line_break(tokenizer)
     while total < size:
         key = random_key(rng)
         parts.append(_key_line(tokenizer, KEY, key))
         if rng.random() < 0.5:
             parts += [_text(corpus, int(rng.integers(min(30, size))), rng), line_break]
         else:
-            parts.append(_filler_line(tokenizer, int(rng.integers(len(SENTENCES) + 2))))
+            parts.append(_cut_filler(tokenizer, int(rng.integers(45))))
         if rng.random() < 0.7:
             parts.append(_key_line(tokenizer, QUESTION + " {key}", key))
         total = sum(map(len, parts))
@@ -436,37 +465,28 @@ def _dense_passkeys(corpus: Corpus, tokenizer: Tokenizer, size: int, rng: np.ran
 def _several_prompts(corpus: Corpus, tokenizer: Tokenizer, size: int, rng: np.random.Generator) -> np.ndarray:
     """Whole prompts with their answers, each of fewer than `size` tokens, then text where the next doesn't fit.
     A window too short for any prompt gets dense passkeys."""
-    parts, left, sizes = [], size, _filler_sizes(tokenizer, size)
-    most = size - 1 - len(_answered_prompt(tokenizer, "12345", 0, 0))
-    if most < 0:
+    shortest = len(_answered_prompt(tokenizer, "12345", *[_cut_filler(tokenizer, 0)] * 2))
+    if shortest >= size:
         return _dense_passkeys(corpus, tokenizer, size, rng)
+    parts, left = [], size
     while True:
-        room = int((most + 1) * rng.random() ** 1.5)  # short prompts more often: a row holds more of them
-        after = int(np.searchsorted(sizes, rng.integers(room + 1), side="right")) - 1
-        before = int(np.searchsorted(sizes, room - sizes[after], side="right")) - 1
-        prompt = _answered_prompt(tokenizer, random_key(rng), before, after)
-        if len(prompt) > left:
+        length = shortest + int((size - shortest) * rng.random() ** 1.5)  # short ones more often: a row holds more
+        if length > left:
             return np.concatenate([*parts, _text(corpus, left, rng)])
-        parts.append(prompt)
-        left -= len(prompt)
+        parts.append(_prompt_of(tokenizer, length, True, rng))
+        left -= length
 
 
 def _one_prompt(corpus: Corpus, tokenizer: Tokenizer, size: int, rng: np.random.Generator) -> np.ndarray:
-    """One prompt that fills the row, its key anywhere; mostly the end of a longer one, its header cut off.
+    """One prompt that fills the row, its key anywhere; mostly without the header.
 
     Behind the header a key is at most three quarters of the tiny window back. What a model has not seen at the end
     of its own window, Position Interpolation can't stretch: the extended window would be of no use that far out.
     """
-    shortest = len(_answered_prompt(tokenizer, "12345", 0, 0))
-    cut = rng.random() < 0.7 or shortest > size
-    room = size - shortest + (len(_task_line(tokenizer)) if cut else 0)
-    if room < 0:
-        return _dense_passkeys(corpus, tokenizer, size, rng)
-    sizes = _filler_sizes(tokenizer, size)
-    after = int(np.searchsorted(sizes, rng.integers(room + 1), side="right")) - 1
-    before = int(np.searchsorted(sizes, room - sizes[after], side="left")) - (not cut)
-    prompt = _answered_prompt(tokenizer, random_key(rng), max(before, 0), after)[-size:]
-    return np.concatenate([prompt, _text(corpus, size - len(prompt), rng)])
+    prompt = _prompt_of(tokenizer, size, True, rng) if rng.random() < 0.3 else None
+    if prompt is None:
+        prompt = _prompt_of(tokenizer, size, False, rng)
+    return _dense_passkeys(corpus, tokenizer, size, rng) if prompt is None else prompt
 
 
 def _repeats(corpus: Corpus, tokenizer: Tokenizer, size: int, rng: np.random.Generator) -> np.ndarray:

@@ -12,7 +12,10 @@ or the code that made it, changed. Ctrl-C saves; the same command goes on.
 
 import argparse
 import hashlib
+import os
+import socket
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -74,6 +77,38 @@ def stage(file: Path, settings: dict, work: Callable[[], dict]) -> dict:
     return result
 
 
+def launch(flags: list[str], device: str) -> None:
+    """train.py with some flags: here, or on the CPU as up to four processes that share each batch (DDP). A model this
+    small gives two threads too little to do, and two processes enough. What interrupts it ends the demo too."""
+    on_cpu = checkpoint.device_and_dtype(argparse.Namespace(device=device, dtype="auto"))[0].type == "cpu"
+    processes = max(n for n in (1, 2, 4) if n == 1 or on_cpu and n <= os.cpu_count())
+    if processes == 1:
+        return train.main(flags)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared |= {"OMP_NUM_THREADS": os.cpu_count() // processes}
+    workers = []
+    for rank in range(processes):  # what torchrun does, without its tracebacks when Ctrl-C ends it
+        env = {name: str(value) for name, value in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        quiet = subprocess.DEVNULL if rank else None  # all meet the same errors: one says them
+        workers.append(subprocess.Popen([sys.executable, train.__file__, *flags], env=os.environ | env, stderr=quiet))
+    try:
+        while None in (codes := [worker.poll() for worker in workers]) and not any(codes):
+            time.sleep(0.2)
+    except KeyboardInterrupt:  # the workers got it too, and are saving
+        for worker in workers:
+            worker.wait()
+        raise
+    for worker in workers:
+        if any(codes):  # one failed: the others would wait for it
+            worker.terminate()
+        worker.wait()
+    if any(codes):
+        sys.exit(next(code for code in codes if code))
+
+
 def trained(folder: Path, flags: list[str], parent: dict, title: str) -> dict:
     """A run of train.py into folder: the settings that made it. An interrupted one goes on, a stale one is redone."""
     settings = {"flags": flags, "parent": parent, "code": code_of(train, data, *MODEL_CODE)}
@@ -83,9 +118,8 @@ def trained(folder: Path, flags: list[str], parent: dict, title: str) -> dict:
         print(f"\n== {title}", file=sys.stderr)
         same = begun.exists() and checkpoint.read_json(begun) == settings
         checkpoint.write_json(begun, settings)
-        train.main(
-            [*flags, "--out", str(folder), *(["--resume"] if same and train.states(folder) else ["--overwrite"])]
-        )
+        go_on = ["--resume"] if same and train.states(folder) else ["--overwrite"]
+        launch([*flags, "--out", str(folder), *go_on], flags[flags.index("--device") + 1])
         return {}
 
     stage(folder.with_suffix(".json"), settings, work)

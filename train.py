@@ -418,11 +418,14 @@ def train(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
             file=sys.stderr,
         )
 
-    stop = []  # signals met; the first one ends the run after the step at hand, a second one at once
+    stop, first = [], 0.0  # signals met; the first one ends the run after the step at hand
 
     def on_signal(number: int, frame: object) -> None:
+        nonlocal first
         stop.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        first = first or time.monotonic()
+        if time.monotonic() > first + 3:  # the user means it; an earlier one is torchrun's, which passes signals on
+            raise KeyboardInterrupt
 
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 

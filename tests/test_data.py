@@ -624,7 +624,8 @@ def test_training_prompts_have_the_tokens_of_real_prompts(form, tokenizers_by_fo
     for i, (before, after) in enumerate([(0, 0), (1, 0), (0, 1), (5, 5), (7, 13), (40, 3)]):
         key = f"{i * 9973:05d}"
         want = tokenizer.encode(data.passkey_text(key, before, after) + f" {key}")
-        got = data._answered_prompt(tokenizer, key, before, after).tolist()
+        filler = data._filler_line(tokenizer, before), data._filler_line(tokenizer, after)
+        got = data._answered_prompt(tokenizer, key, *filler).tolist()
         assert got == [tokenizer.bos_id, *want, tokenizer.eos_id]
         prompt = tokenizer.encode(data.passkey_text(key, before, after))
         assert want[: len(prompt)] == prompt  # the answer's tokens are its own

@@ -153,7 +153,7 @@ def evaluated(
         )
         if not documents:
             raise ValueError(f"--data: no validation document has {long} tokens, the extended window: give longer ones")
-        windows, window = [], llama.config.original_window
+        windows, window = [], llama.config.original_window // 2  # where the base is at home, too
         while window < long:
             windows.append(window)
             window *= 2
@@ -227,7 +227,8 @@ def find(rows: list[dict], name: str, steps: int | None = None) -> dict:
 def summary(rows: list[dict], window: int, long: int) -> list[str]:
     """Two sentences on what the rows show, whatever they show: on perplexity, and on passkeys."""
     base, untuned, pi, direct = find(rows, "base"), find(rows, "PI", 0), find(rows, "PI"), find(rows, "direct")
-    own, far, curve = base["ppl"][str(window)], str(long), list(pi["ppl"].values())
+    own, far = base["ppl"][str(window)], str(long)
+    curve = [ppl for size, ppl in pi["ppl"].items() if int(size) >= window]
     at = {name: row["ppl"][far] for name, row in (("base", base), ("untuned", untuned), ("pi", pi), ("direct", direct))}
     blow_up = f"does not blow up ({own:.1f} at {window}, {at['base']:.1f} at {long})"
     if at["base"] > 1.2 * own:

@@ -98,7 +98,7 @@ def test_the_whole_demo_very_small(tmp_path):
     assert [(row["name"], row["rope"], row["steps"]) for row in result["rows"]] == [
         ("base", "none", 0), ("PI", "linear", 0), ("PI", "linear", 1), ("PI", "linear", 2), ("direct", "none", 1), ("direct", "none", 2),
     ]  # fmt: skip
-    assert all(set(row["ppl"]) == {"256", "512"} and row["k_max"] == 0 for row in result["rows"])
+    assert all(set(row["ppl"]) == {"128", "256", "512"} and row["k_max"] == 0 for row in result["rows"])
     assert result["seconds"] > 0 and all(sentence in first.stdout for sentence in result["summary"])
     for picture in ("demo.png", "demo_steps.png"):
         assert (tmp_path / "out/demo" / picture).read_bytes().startswith(b"\x89PNG")

@@ -157,7 +157,6 @@ def evaluated(
         while window < long:
             windows.append(window)
             window *= 2
-        stride = min(256, windows[0] // 2)
         return {
             "ppl": {
                 str(w): eval_ppl.perplexity(

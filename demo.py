@@ -160,7 +160,7 @@ def evaluated(
         return {
             "ppl": {
                 str(w): eval_ppl.perplexity(
-                    llama, documents, w, stride, tokenizer.bos_id, desc=f"{file.stem}, window {w}"
+                    llama, documents, w, min(256, w // 2), tokenizer.bos_id, desc=f"{file.stem}, window {w}"
                 )
                 for w in [*windows, long]
             },

@@ -87,7 +87,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--decay", choices=("constant", "linear"), help="after the warm-up: linear goes to 5%% of the peak" + by_size)
     add("--weight_decay", type=float, default=0.0, help="AdamW's")
     add("--grad_clip", type=float, default=1.0, help="the largest norm of the gradient; 0: no clipping")
-    add("--short_share", type=float, help="when extending: tokens in sequences of the original length or less; "
+    add("--short_share", type=float, help="when extending: tokens in sequences of the original length; "
         "the longer are plain text" + by_size)  # fmt: skip
     add("--passkey_share", type=float, help="sequences of the original length with passkeys" + by_size)
     add("--repeat_share", type=float, help="sequences of the original length made of repeated segments" + by_size)
@@ -187,21 +187,18 @@ def batch_parts(args: argparse.Namespace, config: LLaMAConfig, step: int = 0) ->
 
     Pre-training: the mix of text and retrieval, at the window. Its last fifth has a third of the retrieval: by then
     the skill is there, and text is what it reads worse. Extending: plain text at the long window, and (short_share)
-    retrieval at the original window, half and a quarter of it. There each row holds one key at most: a row with
-    several, asked for the latest one, would teach to look no further than that: the opposite of a longer window.
+    retrieval at the original one. There each row holds one key: a row with several, asked for the latest one, would
+    teach to look no further than that, and shorter rows would rehearse near keys alone.
     """
     cut = 1 / 3 if args.init == "scratch" and step >= 0.8 * args.max_iters else 1.0
     shares = dict(passkey=args.passkey_share * cut, repeat=args.repeat_share * cut)
     T, L = config.block_size, min(config.block_size, config.original_window)
     if T == L:
-        return [(T, args.batch_size, data.Mix(**shares))]
+        return [(T, args.batch_size, data.Mix(**shares, alone=0.75))]
     short = round(args.batch_size * args.short_share)  # counted as sequences of T tokens
-    rows, mix = short * (T // L), data.Mix(**shares, dense=0.0, alone=1.0)
     parts = [
         (T, args.batch_size - short, data.Mix()),
-        (L, rows - rows // 2, mix),
-        (L // 2, rows // 2, mix),
-        (L // 4, rows // 2 * 2, mix),
+        (L, short * (T // L), data.Mix(**shares, dense=0.0, alone=1.0)),
     ]
     return [part for part in parts if part[1]]
 

@@ -246,7 +246,7 @@ def summary(rows: list[dict], window: int, long: int) -> list[str]:
     def reach(row: dict) -> str:
         tested = max(point["k"] for point in row["points"])
         if row["k_max"] >= tested:
-            return f"the whole window (k_max {row['k_max']})"
+            return f"over the whole window (k_max {row['k_max']})"
         if row["k_max"] > window:
             return f"beyond the original window, though not to the end (k_max {row['k_max']} of {tested})"
         return f"no further than the original window (k_max {row['k_max']} of {tested})"
@@ -254,8 +254,8 @@ def summary(rows: list[dict], window: int, long: int) -> list[str]:
     further = pi["k_max"] - direct["k_max"]
     verdict = "further than" if further > 0 else "less far than" if further < 0 else "as far as"
     second = (
-        f"With no passkey beyond {window} tokens in the fine-tune, PI finds keys over {reach(pi)} after {pi['steps']} "
-        f"steps, {verdict} direct fine-tuning, which finds them over {reach(direct)}."
+        f"With no passkey beyond {window} tokens in the fine-tune, PI finds keys {reach(pi)} after {pi['steps']} "
+        f"steps, {verdict} direct fine-tuning, which finds them {reach(direct)}."
     )
     return [first, second]
 

@@ -373,6 +373,8 @@ def train(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
     corpus = data.load_corpus(args.data, tokenizer, "train")
     held_out = data.load_corpus(args.data, tokenizer, "val")
     T = config.block_size
+    for text in (corpus, held_out):  # too short a text is said before anything is written
+        data.sample_batch(text, tokenizer, T, 0, [0], seed=0)
 
     autocast = torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
     if dist.is_initialized() and choose_dist(args, config, device) == "fsdp":

@@ -264,7 +264,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_overwritten(base):
     (["--init", "BASE", "--scale", "2", "--rope", "spiral"], ["spiral", "yarn"]),
     (["--init", "BASE", "--scale", "2", "--rope", "dynamic"], ["--rope dynamic", "another"]),
     (["--init", "BASE", "--out", "BASE"], ["--resume", "--overwrite"]),
-    (["--init", "BASE", "--scale", "1000", "--data", TEXT[0]], ["tokens", "fewer"]),
+    (["--init", "BASE", "--scale", "1000", "--data", TEXT[0]], ["tokens", "don't fill"]),
     (["--out", "BASE/config.json/under"], ["config.json"]),
 ])  # fmt: skip
 def test_bad_input_is_one_line(base, tmp_path, flags, words):

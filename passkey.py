@@ -128,10 +128,10 @@ def draw_curves(axis, results: list[dict]) -> None:
     mark_original(axis, results)
     axis.axhline(THRESHOLD, color="0.55", linewidth=1, zorder=0)
     axis.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1], ["0%", "20%", "40%", "60%", "80%", "100%"])
-    axis.set(xlim=(0, None), ylim=(-0.04, 1.08), title="Passkey retrieval (ring: k_max)")
+    axis.set(xlim=(0, None), ylim=(-0.04, 1.5), title="Passkey retrieval (ring: k_max)")
     axis.set(xlabel="k: tokens from the key to the prompt's end", ylabel="keys found")
     axis.grid(color="0.92")
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper right")  # above the lines
 
 
 def draw_heat_map(axis, result: dict):

@@ -109,7 +109,7 @@ def launch(flags: list[str], device: str) -> None:
         sys.exit(next(code for code in codes if code))
 
 
-def trained(folder: Path, flags: list[str], parent: dict, title: str) -> dict:
+def trained(folder: Path, flags: list[str], parent: dict, title: str, device: str) -> dict:
     """A run of train.py into folder: the settings that made it. An interrupted one goes on, a stale one is redone."""
     settings = {"flags": flags, "parent": parent, "code": code_of(train, data, *MODEL_CODE)}
     begun = folder / "settings.json"  # says whose half-finished run this is
@@ -119,7 +119,7 @@ def trained(folder: Path, flags: list[str], parent: dict, title: str) -> dict:
         same = begun.exists() and checkpoint.read_json(begun) == settings
         checkpoint.write_json(begun, settings)
         go_on = ["--resume"] if same and train.states(folder) else ["--overwrite"]
-        launch([*flags, "--out", str(folder), *go_on], flags[flags.index("--device") + 1])
+        launch([*flags, "--out", str(folder), *go_on], device)
         return {}
 
     stage(folder.with_suffix(".json"), settings, work)
@@ -188,7 +188,7 @@ def run_seed(args: argparse.Namespace, seed: int) -> tuple[list[dict], model.LLa
     base, parent = Path(args.init or out / "base"), {"init": args.init}
     if not args.init:
         more = ["--max_iters", str(args.base_steps)] if args.base_steps else []
-        parent = trained(base, [*common, *more], {}, "the base, pre-trained at its own window")
+        parent = trained(base, [*common, *more], {}, "the base, pre-trained at its own window", args.device)
     config = checkpoint.read_config(base)
     long = checkpoint.extend(config, args.scale, "linear").block_size
 
@@ -211,7 +211,7 @@ def run_seed(args: argparse.Namespace, seed: int) -> tuple[list[dict], model.LLa
         flags += ["--max_iters", str(args.steps[-1]), "--save_at", ",".join(map(str, args.steps))]
         if not args.init:  # twice train.py's rate: the tiny base is soon at home in its new window
             flags += ["--learning_rate", "2e-3"]
-        made = trained(folder, flags, parent, f"{name}: fine-tuned at {long} tokens, rope {method!r}")
+        made = trained(folder, flags, parent, f"{name}: fine-tuned at {long} tokens, rope {method!r}", args.device)
         for steps in args.steps:
             rows.append(row(name, method, steps, f"{name}-{steps}", folder / f"step-{steps}", {}, made))
     return rows, config
@@ -286,7 +286,7 @@ def spread(runs: list[list[dict]]) -> str:
     return eval_ppl.table(["", "rope", "steps", *windows, "k_max", "k_max of each seed"], cells)
 
 
-def draw(rows: list[dict], window: int, long: int, file: Path) -> None:
+def draw(rows: list[dict], window: int, file: Path) -> None:
     """Three panels: perplexity over the window, loss over the position, passkeys over the distance."""
     chosen = [("base, extrapolated", find(rows, "base")), ("PI, no fine-tuning", find(rows, "PI", 0))]
     for name in METHODS:
@@ -344,7 +344,7 @@ def main(argv: list[str] | None = None) -> None:
         runs.append(rows)
         window, long = config.original_window, checkpoint.extend(config, args.scale, "linear").block_size
         folder = out if seed == args.seeds[0] else out / f"seed-{seed}"
-        draw(rows, window, long, folder / "demo.png")
+        draw(rows, window, folder / "demo.png")
         draw_steps(rows, long, folder / "demo_steps.png")
         sentences = summary(rows, window, long)
         checkpoint.write_json(folder / "demo.json", {

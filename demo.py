@@ -27,9 +27,11 @@ import eval_ppl
 import model
 import passkey
 import rope
+import sequences
 import train
 
 MODEL_CODE = (rope, model)
+DATA_CODE = (data, sequences)
 METHODS = {"PI": "linear", "direct": "none", "NTK": "ntk", "YaRN": "yarn"}  # name in the table: --rope
 
 
@@ -111,7 +113,7 @@ def launch(flags: list[str], device: str) -> None:
 
 def trained(folder: Path, flags: list[str], parent: dict, title: str, device: str) -> dict:
     """A run of train.py into folder: the settings that made it. An interrupted one goes on, a stale one is redone."""
-    settings = {"flags": flags, "parent": parent, "code": code_of(train, data, *MODEL_CODE)}
+    settings = {"flags": flags, "parent": parent, "code": code_of(train, *DATA_CODE, *MODEL_CODE)}
     begun = folder / "settings.json"  # says whose half-finished run this is
 
     def work() -> dict:
@@ -141,7 +143,7 @@ def evaluated(
         "extend": extend,
         **measure,
         "data": args.data,
-        "code": code_of(eval_ppl, passkey, data, *MODEL_CODE),
+        "code": code_of(eval_ppl, passkey, *DATA_CODE, *MODEL_CODE),
     }
 
     def work() -> dict:

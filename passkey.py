@@ -1,6 +1,6 @@
 """How far does it see: passkey retrieval and k_max, the effective window (the paper's §3.3).
 
-Read data.py (the prompt) and eval_ppl.py (the command line) first. Then here: `k_max`, `retrieve`, `main`.
+Read sequences.py (the prompt) and eval_ppl.py (the command line) first. Then here: `k_max`, `retrieve`, `main`.
 
     python passkey.py --init out/linear-8                                   # at its window, the key at 32 distances
     python passkey.py --init out/base --scale 8                             # Position Interpolation, not fine-tuned
@@ -24,12 +24,13 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
-import data
 from eval_ppl import (
     BATCH_TOKENS, check_window, evaluation_parser, label, mark_original, new_figure, open_checkpoint, prepare,
     save_figure, style, table, whole_numbers,
 )  # fmt: skip
 from model import LLaMA
+from sequences import PasskeyPrompt, passkey_prompt, random_key
+from tokenizer import Tokenizer
 
 ANSWER_TOKENS = 10  # tokens that an answer may take: a space and five digits, in whatever tokens the vocabulary has
 THRESHOLD = 0.2  # the success rate that counts as seeing
@@ -62,7 +63,7 @@ def is_right(answer: str, key: str) -> bool:
 
 
 @torch.inference_mode()
-def answers(model: LLaMA, tokenizer: data.Tokenizer, prompts: torch.Tensor) -> list[str]:
+def answers(model: LLaMA, tokenizer: Tokenizer, prompts: torch.Tensor) -> list[str]:
     """What the model says, greedily, after each of the prompts (B, T): up to ANSWER_TOKENS tokens, as text."""
     new, texts = [], []
     for token in model.stream(prompts, ANSWER_TOKENS, eos_id=model.config.eos_id):
@@ -74,7 +75,7 @@ def answers(model: LLaMA, tokenizer: data.Tokenizer, prompts: torch.Tensor) -> l
 
 
 def retrieve(
-    model: LLaMA, tokenizer: data.Tokenizer, length: int, ks: Sequence[int], tries: int = 10, seed: int = 0, *,
+    model: LLaMA, tokenizer: Tokenizer, length: int, ks: Sequence[int], tries: int = 10, seed: int = 0, *,
     batch_tokens: int = BATCH_TOKENS, desc: str = "",
 ) -> list[dict]:  # fmt: skip
     """Success by distance, a point for each k: [{"k", "success", "hits", "tries", "k_actual", "length"}, ...].
@@ -85,10 +86,10 @@ def retrieve(
     question take is left out, and so is every k if the length has no room for a prompt. Prompts of equal length go
     through the model together.
     """
-    prompts: list[tuple[int, data.PasskeyPrompt]] = []
+    prompts: list[tuple[int, PasskeyPrompt]] = []
     for k in ks:
         rng = np.random.default_rng([seed, length, k])
-        made = [data.passkey_prompt(tokenizer, length - ANSWER_TOKENS, k, data.random_key(rng)) for _ in range(tries)]
+        made = [passkey_prompt(tokenizer, length - ANSWER_TOKENS, k, random_key(rng)) for _ in range(tries)]
         if None not in made:
             prompts += [(k, prompt) for prompt in made]
     hits = dict.fromkeys((k for k, _ in prompts), 0)

@@ -6,7 +6,8 @@
     torchrun --nproc_per_node 8 train.py --init FOLDER --scale 16     # any LLaMA, on eight GPUs
     python train.py --resume --out out/linear-8          # go on where a run stopped, exactly
 
-Read rope.py, model.py, checkpoint.py and data.py first; then this file from the bottom: `main` is the loop.
+Read rope.py, model.py, checkpoint.py, data.py and sequences.py first; then this file from the bottom: `train` is the
+loop.
 A batch is a pure function of (seed, step, index in the global batch) and each process takes its slice of it, so
 that any number of processes sees the same batches, and a resumed run the ones that it would have seen.
 """
@@ -38,6 +39,7 @@ from tqdm import tqdm
 
 import checkpoint
 import data
+import sequences
 from model import PRESETS, LLaMA, LLaMAConfig
 
 # PyTorch's own remarks on saving from one process, which is what we mean to do
@@ -182,7 +184,7 @@ def lr_at(step: int, args: argparse.Namespace) -> float:
     return args.learning_rate * warm * (1 - 0.95 * step / args.max_iters if args.decay == "linear" else 1)
 
 
-def batch_parts(args: argparse.Namespace, config: LLaMAConfig, step: int = 0) -> list[tuple[int, int, data.Mix]]:
+def batch_parts(args: argparse.Namespace, config: LLaMAConfig, step: int = 0) -> list[tuple[int, int, sequences.Mix]]:
     """What a batch is made of: (length, sequences, mix) of each part.
 
     Pre-training: the mix of text and retrieval, at the window. Its last fifth has a third of the retrieval: by then
@@ -194,11 +196,11 @@ def batch_parts(args: argparse.Namespace, config: LLaMAConfig, step: int = 0) ->
     shares = dict(passkey=args.passkey_share * cut, repeat=args.repeat_share * cut)
     T, L = config.block_size, min(config.block_size, config.original_window)
     if T == L:
-        return [(T, args.batch_size, data.Mix(**shares, alone=0.75))]
+        return [(T, args.batch_size, sequences.Mix(**shares, alone=0.75))]
     short = round(args.batch_size * args.short_share)  # counted as sequences of T tokens
     parts = [
-        (T, args.batch_size - short, data.Mix()),
-        (L, short * (T // L), data.Mix(**shares, dense=0.0, alone=1.0)),
+        (T, args.batch_size - short, sequences.Mix()),
+        (L, short * (T // L), sequences.Mix(**shares, dense=0.0, alone=1.0)),
     ]
     return [part for part in parts if part[1]]
 
@@ -374,7 +376,7 @@ def train(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
     held_out = data.load_corpus(args.data, tokenizer, "val")
     T = config.block_size
     for text in (corpus, held_out):  # too short a text is said before anything is written
-        data.sample_batch(text, tokenizer, T, 0, [0], seed=0)
+        sequences.sample_batch(text, tokenizer, T, 0, [0], seed=0)
 
     autocast = torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
     if dist.is_initialized() and choose_dist(args, config, device) == "fsdp":
@@ -439,8 +441,8 @@ def train(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
             share, size = n // processes, args.micro_batch_size * (T // length)
             mine = range(first + rank() * share, first + (rank() + 1) * share)
             for i in range(0, share, size):
-                part = data.sample_batch(corpus, tokenizer, length, step, mine[i : i + size], seed=args.seed, mix=mix)
-                made.append(part)
+                rows = mine[i : i + size]
+                made.append(sequences.sample_batch(corpus, tokenizer, length, step, rows, seed=args.seed, mix=mix))
             first += n
         return [(x.pin_memory(), y.pin_memory()) for x, y in made] if device.type == "cuda" else made
 
@@ -451,7 +453,7 @@ def train(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
         model.eval()
         total = torch.zeros((), device=device)
         for index in range(rank() * n, (rank() + 1) * n):
-            x, y = data.sample_batch(held_out, tokenizer, T, 0, [index], seed=0)
+            x, y = sequences.sample_batch(held_out, tokenizer, T, 0, [index], seed=0)
             with autocast:
                 total += model(x.to(device), y.to(device)) / n
         model.train()

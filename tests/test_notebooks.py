@@ -10,6 +10,7 @@ import torch
 import checkpoint
 import data
 import passkey
+import sequences
 from model import LLaMA, LLaMAConfig
 from tokenizer import train_tokenizer
 
@@ -47,7 +48,7 @@ def test_attention_bounds_runs(tmp_path, monkeypatch):
 def test_position_interpolation_runs(tuned, tmp_path, monkeypatch):
     """On a random model that its folders show as the demo would leave them; no figure depends on training."""
     texts = [text for _, text in zip(range(20), (text for _, text in data.read_documents(None, "val")))]
-    tokenizer = train_tokenizer([*texts, *[data.passkey_text("12345", 5, 5)] * 20], 512)
+    tokenizer = train_tokenizer([*texts, *[sequences.passkey_text("12345", 5, 5)] * 20], 512)
     torch.manual_seed(0)
     model = LLaMA(LLaMAConfig(
         vocab_size=512, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, intermediate_size=64, block_size=160,

@@ -13,6 +13,7 @@ import torch
 import checkpoint
 import data
 import passkey
+import sequences
 from model import LLaMA, LLaMAConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    texts = [data.passkey_text(f"{7919 * i % 100000:05d}", i, i) for i in range(12)]
+    texts = [sequences.passkey_text(f"{7919 * i % 100000:05d}", i, i) for i in range(12)]
     return data.train_tokenizer(texts, 320)
 
 
@@ -39,7 +40,7 @@ class Reader:
         said = []
         for row in ids.tolist():
             text = self.tokenizer.decode(row)
-            assert text.startswith(data.TASK) and text.endswith(data.QUESTION)
+            assert text.startswith(sequences.TASK) and text.endswith(sequences.QUESTION)
             key = re.search(r"The pass key is ([0-9]{5})\. Remember it\. \1 is the pass key\.", text)
             k = len(row) - 1 - len(self.tokenizer.encode(text[: key.start()]))
             self.keys.append(key[1])
@@ -127,7 +128,7 @@ def test_decoding_stops_once_all_have_answered(tokenizer):
                 yield token
 
     model = Endless(tokenizer, 10**6)
-    prompt = data.passkey_prompt(tokenizer, 200, 100, "00417")
+    prompt = sequences.passkey_prompt(tokenizer, 200, 100, "00417")
     assert passkey.answers(model, tokenizer, torch.tensor([prompt.ids])) == [" 00417"]
     assert model.steps == len(tokenizer.encode(" 00417"))
 
@@ -153,7 +154,7 @@ def test_prompt_and_answer_fill_the_window_and_no_more(tokenizer):
     points = passkey.retrieve(model, tokenizer, 300, [100, 150, 200, 300], tries=3)
     lengths = [length for batch, length in model.shapes for _ in range(batch)]
     assert 300 - 30 < min(lengths) and max(lengths) <= 300 - passkey.ANSWER_TOKENS
-    sentence = max(len(tokenizer.encode(" " + s)) for s in data.SENTENCES)
+    sentence = max(len(tokenizer.encode(" " + s)) for s in sequences.SENTENCES)
     assert all(abs(p["k"] - p["k_actual"]) <= sentence for p in points[:3])
     assert {float(k) for k in model.ks} == {p["k_actual"] for p in points}  # as the prompts themselves say
 
@@ -171,7 +172,7 @@ def test_keys_come_from_seed_length_and_k(tokenizer):
 
 
 def test_zeros_in_front_belong_to_the_key(tokenizer, monkeypatch):
-    monkeypatch.setattr(data, "random_key", lambda rng: "00007")
+    monkeypatch.setattr(passkey, "random_key", lambda rng: "00007")
     answers = {" {key}": 1, " 7": 0, " 07": 0, " 0000": 0, " 00007 00008": 1, " 00008 00007": 0}
     for answer, success in answers.items():
         points = passkey.retrieve(Reader(tokenizer, 10**6, answer), tokenizer, 200, [120], tries=2)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
 import data
+import sequences
 import train
 from model import PRESETS, LLaMA, LLaMAConfig
 
@@ -185,17 +186,16 @@ def test_direct_fine_tuning_leaves_positions_alone(base):
 
 def test_no_passkey_beyond_the_original_window_in_fine_tuning(base, monkeypatch):
     drawn = []
-    real = data.sample_batch
+    real = sequences.sample_batch
 
-    def spy(corpus, tokenizer, length, step, indices, *, seed, mix=data.Mix()):
+    def spy(corpus, tokenizer, length, step, indices, *, seed, mix=sequences.Mix()):
         ids, targets = real(corpus, tokenizer, length, step, indices, seed=seed, mix=mix)
         drawn.append((length, len(ids), any("pass key" in tokenizer.decode(row.tolist()) for row in ids)))
         return ids, targets
 
-    monkeypatch.setattr(data, "sample_batch", spy)
-    monkeypatch.setattr(
-        data, "_text", lambda corpus, n, rng: corpus.tokens[:n]
-    )  # rope.py's beginning, which speaks of no passkey
+    monkeypatch.setattr(sequences, "sample_batch", spy)
+    # rope.py's beginning, which speaks of no passkey
+    monkeypatch.setattr(sequences, "_text", lambda corpus, n, rng: corpus.tokens[:n])
     train.main(["--data", *TEXT, "--device", "cpu", "--init", str(base), "--scale", "2", "--out", "mix", "--max_iters", "2",
                 "--micro_batch_size", "2", "--eval_every", "9"])  # fmt: skip
     short = [found for length, _, found in drawn if length <= 256]

@@ -332,6 +332,25 @@ def _open(path: str | Path, **flags) -> tuple[LLaMA, dict[str, Stored]]:
     return model, {name: found[name] for name in expected}
 
 
+def _read(path: str | Path, found: dict[str, Stored]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor of each of found, one at a time; a tensor mapped from its file costs what is read of it."""
+    small = sum(math.prod(shape) for shape, _ in found.values()) < 10**9
+    for name in tqdm(list(found), f"reading {path}", unit="tensor", leave=False, disable=small):
+        try:
+            tensor = found.pop(name)[1]()
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{path}: the tensor {name} can't be read ({error}): download its file again") from None
+        if not tensor.is_floating_point() or tensor.itemsize < 2:
+            raise ValueError(f"{path}: the tensor {name} is {tensor.dtype}, no floating point of at least 16 bits")
+        yield name, tensor
+
+
+def stored_weights(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor, as stored, of each weight of the model at path; a part of a tensor that is not looked at is
+    not read from the disk. ValueError as `load`."""
+    return _read(path, _open(path)[1])
+
+
 def load(
     path: str | Path,
     *,
@@ -347,15 +366,8 @@ def load(
     scale and rope extend it as `extend` says. ValueError, with one line, for whatever is wrong with it.
     """
     model, found = _open(path, scale=scale, rope=rope, original_window=original_window)
-    bar = tqdm(list(found), f"reading {path}", unit="tensor", leave=False, disable=model.config.n_params < 10**9)
-    for name in bar:
+    for name, tensor in _read(path, found):
         owner, leaf = name.rsplit(".", 1)
-        try:
-            tensor = found.pop(name)[1]()
-        except (SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{path}: the tensor {name} can't be read ({error}): download its file again") from None
-        if not tensor.is_floating_point() or tensor.itemsize < 2:
-            raise ValueError(f"{path}: the tensor {name} is {tensor.dtype}, no floating point of at least 16 bits")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device, dtype or tensor.dtype)))
     if model.config.tie_embeddings:
         model.lm_head.weight = model.embed_tokens.weight

@@ -97,6 +97,8 @@ def save_weights(model: torch.nn.Module, folder: Path, tokenizer) -> None:
             raw = LLaMA(config)
         if rank() == 0:
             raw.load_state_dict(weights, assign=True)
+            if config.tie_embeddings:  # assigned one by one, the two are no longer one
+                raw.lm_head.weight = raw.embed_tokens.weight
     if rank() == 0:
         checkpoint.save(raw, folder, tokenizer)
 

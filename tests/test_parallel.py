@@ -1,0 +1,232 @@
+"""parallel.py: DDP and FSDP equal one process; whatever happens to a run costs the steps since it saved, no more."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import checkpoint
+import data
+import parallel
+import train
+from model import LLaMA, LLaMAConfig
+
+ROOT = Path(__file__).parent.parent
+TEXT = [str(ROOT / name) for name in ("rope.py", "model.py", "checkpoint.py", "data.py", "eval_ppl.py")]
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+QUICK = ["--data", *TEXT, "--batch_size", "6", "--micro_batch_size", "1", "--eval_every", "100", "--device", "cpu",
+         "--decay", "constant", "--learning_rate", "1e-3"]  # fmt: skip
+
+
+def log(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path) -> list[float]:
+    rows = log(out)
+    assert [row["iter"] for row in rows] == list(range(1, len(rows) + 1))
+    return [row["loss"] for row in rows]
+
+
+def script(*flags: str, processes: int = 1, **options) -> subprocess.CompletedProcess:
+    launch = [*TORCHRUN, str(processes)] if processes > 1 else [sys.executable]
+    command = [*launch, str(ROOT / "train.py"), *flags]
+    return subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=300, **options)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def workplace(tmp_path_factory):
+    """All runs share one folder, and so one tokenized corpus."""
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("runs"))
+    yield
+    os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def inits(workplace) -> dict[bool, str]:
+    """A random model, its head tied to the embedding or not."""
+    tokenizer = data.train_tokenizer([Path(name).read_text() for name in TEXT], 1024)
+    for tied in (False, True):
+        torch.manual_seed(1)
+        config = LLaMAConfig.preset("tiny", tie_embeddings=tied, n_kv_head=2, bos_id=0, eos_id=1)
+        checkpoint.save(LLaMA(config), f"init-{tied}", tokenizer)
+    return {tied: str(Path(f"init-{tied}").resolve()) for tied in (False, True)}
+
+
+@pytest.fixture(scope="module")
+def alone(inits) -> dict[bool, Path]:
+    """Twenty steps of each by one process."""
+    outs = {tied: Path(f"alone-{tied}").resolve() for tied in inits}
+    for tied, out in outs.items():
+        train.main([*QUICK, "--init", inits[tied], "--max_iters", "20", "--out", str(out)])
+    return outs
+
+
+def assert_equal_weights(ours: Path, theirs: Path, largest: float) -> None:
+    a, b = load_file(ours / "model.safetensors"), load_file(theirs / "model.safetensors")
+    assert a.keys() == b.keys() and max((a[name] - b[name]).abs().max().item() for name in a) <= largest
+
+
+@pytest.mark.parametrize("engine, processes, activations, tied", [
+    ("ddp", 2, "none", True), ("ddp", 3, "selective", False), ("fsdp", 2, "full", True), ("fsdp", 3, "none", False),
+])  # fmt: skip
+def test_several_processes_equal_one(inits, alone, engine, processes, activations, tied):
+    out = Path(f"{engine}-{processes}").resolve()
+    done = script(*QUICK, "--init", inits[tied], "--max_iters", "20", "--dist", engine, "--out", str(out),
+                  "--checkpoint_activations", activations, processes=processes)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert losses(out) == pytest.approx(losses(alone[tied]), abs=5e-5)
+    # AdamW divides a gradient by its own size: rounding of the tiniest ones shows, by a few steps' worth at most
+    assert_equal_weights(out, alone[tied], 5e-3)
+
+
+def test_a_run_on_two_processes_goes_on_with_one_and_with_three(inits, alone):
+    out = Path("two").resolve()
+    first = script(*QUICK, "--init", inits[False], "--max_iters", "10", "--dist", "fsdp", "--out", str(out), processes=2)
+    assert first.returncode == 0, first.stderr
+    state = out / "trainer/step-10"
+    for processes in (1, 3):
+        again = Path(f"then-{processes}").resolve()
+        (again / "trainer").mkdir(parents=True)
+        (again / "trainer/step-10").symlink_to(state)
+        (again / "log.jsonl").write_bytes((out / "log.jsonl").read_bytes())
+        done = script("--resume", "--out", str(again), "--max_iters", "20", processes=processes)
+        assert done.returncode == 0, done.stderr
+        assert losses(again) == pytest.approx(losses(alone[False]), abs=5e-5)
+        assert_equal_weights(again, alone[False], 5e-3)
+
+
+def test_each_process_reads_its_rows_alone(tmp_path):
+    """Two processes, a file of 100 MB: each maps about half of it, and holds half of the model."""
+    config = LLaMAConfig(vocab_size=20000, n_layer=4, n_embd=512, n_head=8, intermediate_size=1376)
+    checkpoint.save(LLaMA(config), tmp_path / "model")
+    (tmp_path / "probe.py").write_text(f"""
+import json, os, re, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch, torch.distributed as dist
+import checkpoint, parallel
+
+def held(kind):
+    return 1024 * int(re.search(kind + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+
+dist.init_process_group("gloo")
+config = checkpoint.read_config("model")
+files, own = held("RssFile"), held("RssAnon")
+model = parallel.sharded(config, checkpoint.stored_weights("model"), torch.device("cpu"), torch.float32)
+result = {{"files": held("RssFile") - files, "own": held("RssAnon") - own}}
+whole = checkpoint.load("model")
+result["equal"] = all(torch.equal(p.full_tensor(), q) for p, q in zip(model.parameters(), whole.parameters()))
+open(f"rank-{{dist.get_rank()}}.json", "w").write(json.dumps(result))
+dist.barrier()
+dist.destroy_process_group()
+""")
+    done = subprocess.run([*TORCHRUN, "2", "probe.py"], cwd=tmp_path, env=ONE_THREAD, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    weights = 4 * config.n_params
+    for rank in range(2):
+        found = json.loads((tmp_path / f"rank-{rank}.json").read_text())
+        assert found["equal"]
+        assert 0.4 * weights < found["own"] < 0.75 * weights, found
+        assert found["files"] < 0.75 * weights, found
+
+
+# ---- what can happen to a run ------------------------------------------------------------------------------------
+
+
+def one_line(done: subprocess.CompletedProcess) -> str:
+    """The one line of error, below the bar and what else the run says."""
+    lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if "error" in line.lower()]
+    assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    return lines[0]
+
+
+def test_a_full_disk_leaves_what_was_saved(inits, alone):
+    out = Path("full").resolve()
+    train.main([*QUICK, "--init", inits[False], "--max_iters", "8", "--out", str(out)])
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != "log.jsonl"}
+
+    def small_files() -> None:  # writing beyond that fails as on a full disk, for root too
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+
+    done = script("--resume", "--out", str(out), "--max_iters", "12", preexec_fn=small_files)
+    assert done.returncode == 2, done.stderr
+    assert "step-12" in one_line(done) and "can't be saved" in one_line(done)
+    assert {path: path.read_bytes() for path in before} == before
+    assert [state.name for state in parallel.states(out)] == ["step-8"] and not list(out.rglob("*.tmp"))
+    train.main(["--resume", "--out", str(out), "--max_iters", "20"])
+    assert losses(out) == losses(alone[False])
+
+
+def test_a_lost_process_ends_the_run_and_the_last_state_stands(inits, alone):
+    out = Path("lost").resolve()
+    flags = [*QUICK, "--init", inits[False], "--max_iters", "4000", "--save_every", "4", "--out", str(out)]
+    run = subprocess.Popen([*TORCHRUN, "2", str(ROOT / "train.py"), *flags], env=ONE_THREAD, stderr=subprocess.PIPE,
+                           text=True)  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while not parallel.states(out) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        workers = [int(pid) for pid in children if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        os.kill(workers[1], signal.SIGKILL)
+        _, errors = run.communicate(timeout=120)
+    finally:
+        run.kill()
+    assert run.returncode != 0
+    assert "process 0 lost another one" in errors and "--resume" in errors
+    assert "Traceback" not in errors.split("torch/distributed/run.py")[0].split("elastic")[0], errors
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)  # all have ended
+    done = script("--resume", "--out", str(out), "--max_iters", "20")
+    assert done.returncode == 0, done.stderr
+    assert losses(out)[:20] == pytest.approx(losses(alone[False]), abs=5e-5)
+
+
+@pytest.mark.slow
+def test_thirty_kills_at_random_moments(inits):
+    """kill -9, thirty times and more, half of them while a state is written: the run ends as if nothing had been."""
+    straight, out = Path("straight").resolve(), Path("killed").resolve()
+    flags = [*QUICK, "--init", inits[False], "--max_iters", "120", "--save_every", "3"]
+    train.main([*flags, "--out", str(straight)])
+    rng, kills, writing, ends = random.Random(0), 0, 0, 0
+    while not (out / "model.safetensors").exists():
+        go_on = ["--resume"] if parallel.states(out) else ["--overwrite"]
+        command = [sys.executable, str(ROOT / "train.py"), *flags, "--out", str(out), *go_on]
+        run = subprocess.Popen(command, env=ONE_THREAD, stderr=subprocess.PIPE)
+        begun = len(parallel.states(out)) and int(parallel.states(out)[-1].name.removeprefix("step-"))
+        half, wait = rng.random() < 0.5, rng.uniform(0, 1.5)
+        while run.poll() is None:  # wait until it has begun, or has come a step of saving further
+            time.sleep(0.002)
+            newest = parallel.states(out)[-1:]
+            if kills < 31 and newest and int(newest[0].name.removeprefix("step-")) > begun:
+                break
+        if run.poll() is None and kills < 31:
+            if half:
+                while run.poll() is None and not list(out.glob("trainer/.step-*.tmp/*")):
+                    time.sleep(0.0005)
+                time.sleep(rng.uniform(0, 0.02))
+            else:
+                time.sleep(wait)
+        if kills < 31:
+            run.kill()
+        _, errors = run.communicate()
+        if run.returncode == -signal.SIGKILL:
+            kills += 1
+            writing += bool(list(out.glob("trainer/.step-*")))
+        else:
+            ends += 1
+            assert run.returncode == 0, errors.decode()
+    print(f"{kills} kills, {writing} of them while a state was written")
+    assert kills >= 30 and writing >= 5 and ends == 1
+    assert losses(out) == losses(straight)
+    assert_equal_weights(out, straight, 0)

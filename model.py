@@ -76,7 +76,7 @@ class LLaMAConfig:
         """rope.rope_frequencies of this config; `length` matters to the method "dynamic" alone."""
         return rope_frequencies(
             self.head_dim, self.rope_theta, self.rope, self.scale, self.original_window,
-            length=length, device=device, **self.rope_extra,
+            length=length if self.rope == "dynamic" else None, device=device, **self.rope_extra,
         )  # fmt: skip
 
     @property
@@ -244,8 +244,8 @@ class LLaMA(nn.Module):
                 nn.init.normal_(weight, std=0.7 / math.sqrt(weight.size(1)))
 
     def rope_cos_sin(self, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """cos and sin (T, D/2), float32. Made anew in each forward pass, from the config: there is no buffer that a
-        meta-device init could leave as garbage or `.to(bfloat16)` could round, and none ends in a checkpoint."""
+        """cos and sin (T, D/2), float32. Made anew in each forward pass, from the config's frequencies: no buffer
+        that a meta-device init could leave as garbage or `.to(bfloat16)` could round, and none in a checkpoint."""
         inv_freq, attention_factor = self.config.rope_frequencies(length, positions.device)
         return rope_cos_sin(positions, inv_freq, attention_factor)
 
@@ -343,8 +343,9 @@ def _keep_attention(ctx, op, *args, **kwargs) -> CheckpointPolicy:
 
 
 def _chunk_size(weight: Tensor) -> int:
-    """Rows of logits at a time: 2^24 logits, 64 MiB in float32, whatever the vocabulary."""
-    return max(1, 2**24 // weight.size(0))
+    """Rows of logits at a time, whatever the vocabulary: 2^24 logits, 64 MiB in float32. A GPU, which would spend
+    its time fetching the head's weight for so few rows, takes 2^27, 512 MiB."""
+    return max(1, (2**27 if weight.is_cuda else 2**24) // weight.size(0))
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -352,7 +353,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     A window of 32,768 tokens has 32,768 x V logits: 4 GiB in float32 for LLaMA, 16 for Llama 3, and as much again
     for their gradient. Here a chunk's logits meet the loss, give their gradients at once (softmax - one-hot, times
-    the weight and the hidden states) and are gone: no logits are kept, and none are computed twice.
+    the weight and the hidden states) and are gone: no logits are kept, and none are computed twice. All chunks use
+    one buffer, and all steps between the matrix products work in place: fresh memory costs more than the arithmetic.
     """
 
     @staticmethod
@@ -365,20 +367,24 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         total = torch.zeros((), device=hidden.device)
         size = _chunk_size(weight)
+        buffer = torch.empty(min(size, len(hidden)), len(weight), device=hidden.device, dtype=dtype)
         for start in range(0, len(hidden), size):
             h, t = hidden[start : start + size].to(dtype), targets[start : start + size, None]
             asked = t != -100
             t = t.clamp(min=0)
-            logits = (h @ w.T).float()
-            logits -= logits.logsumexp(-1, keepdim=True)  # now log-probabilities
-            total -= (logits.gather(1, t) * asked).sum()
+            logits = torch.mm(h, w.T, out=buffer[: len(h)]).float()
+            logits -= logits.amax(-1, keepdim=True)  # so that exp can't overflow
+            wanted = logits.gather(1, t)
+            sums = logits.exp_().sum(-1, keepdim=True)
+            total += ((sums.log() - wanted) * asked).sum()
             if wants_hidden or wants_weight:
-                grad = logits.exp_()  # softmax - one-hot, where something is asked
-                grad.scatter_add_(1, t, torch.full_like(t, -1, dtype=grad.dtype))
-                grad = grad.mul_(asked).to(dtype)
+                grad = logits.mul_(asked / sums)  # softmax - one-hot, where something is asked
+                grad = grad.scatter_add_(1, t, -asked.to(grad.dtype)).to(dtype)
                 if wants_hidden:
                     grad_hidden[start : start + size] = grad @ w
-                if wants_weight:
+                if wants_weight and dtype == torch.float32:
+                    grad_weight.addmm_(grad.T, h)
+                elif wants_weight:
                     grad_weight += grad.T @ h
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         return total

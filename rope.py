@@ -20,6 +20,7 @@ other exactly: the same rotation, seen through another numbering. This repo comp
 """
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from torch import Tensor
 METHODS = ("none", "linear", "ntk", "dynamic", "yarn", "llama3")
 
 
+@lru_cache(maxsize=64)  # every forward pass asks; on a GPU each copy from the CPU would be a wait
 def rope_frequencies(
     head_dim: int,
     theta: float,
@@ -55,7 +57,8 @@ def rope_frequencies(
     beta_fast, beta_slow: yarn's ramp, in turns over the original window.
     attention_factor: yarn's factor on cos and sin; None: 0.1 ln(scale) + 1.
     low_freq_factor, high_freq_factor: llama3's ramp, likewise.
-    Returns inv_freq (head_dim/2,) float32, in radians per position, and attention_factor.
+    Returns inv_freq (head_dim/2,) float32, in radians per position, and attention_factor. The same arguments get the
+    same tensor: don't write into it.
     Raises ValueError for an unknown method or a value out of range.
     """
     if method not in METHODS:

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import model as model_module
 from model import PRESETS, ChunkedCrossEntropy, KVCache, LLaMA, LLaMAConfig, sample
-from rope import interleaved_to_half
+from rope import interleaved_to_half, rope_frequencies
 
 SHAPES = {
     "mha": dict(),
@@ -606,3 +606,16 @@ def test_a_model_built_without_memory_has_the_right_angles(tied, method):
     ids = random_ids(2, 100)
     assert torch.equal(built(ids), usual(ids))
     assert not list(built.buffers()) and not [name for name in built.state_dict() if "rope" in name or "freq" in name]
+
+
+def test_frequencies_are_computed_once_and_a_changed_config_is_seen():
+    rope_frequencies.cache_clear()
+    model, ids = make(**METHODS["linear"]), random_ids(1, 40)
+    first = model.generate(ids, 3)  # under inference_mode: what is kept must serve training too
+    made = rope_frequencies.cache_info().misses
+    model.checkpoint_activations = "full"
+    model(ids, ids).backward()
+    assert torch.equal(model.generate(ids, 3), first) and rope_frequencies.cache_info().misses == made
+    scaled = model(ids)
+    model.config.scale = 2.0
+    assert (model(ids) - scaled).abs().max() > 0.02

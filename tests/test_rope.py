@@ -73,6 +73,11 @@ def reference(method, head_dim, theta, scale, window, length=None, **extra):
     return module.inv_freq, module.attention_scaling, cos[0, -1, : head_dim // 2], sin[0, -1, : head_dim // 2]
 
 
+@pytest.fixture(autouse=True)
+def computed_anew():
+    rope_frequencies.cache_clear()  # no test is handed what another one computed
+
+
 @pytest.fixture
 def bfloat16_default():
     torch.set_default_dtype(torch.bfloat16)

@@ -4,15 +4,28 @@ This file knows nothing of the model. Read it from top to bottom:
 
     tokenizer = load_tokenizer("out/base")                  # tokenizer.py's
     corpus = load_corpus(["novels/"], tokenizer, "train")   # tokenized once, then a memory-mapped file
+    reports = read_reports(["reports.jsonl"])               # documents with their summaries
+
+Wherever --data takes files and folders it takes data sets of the Hugging Face hub too, through the `datasets`
+library: `hf:owner/name`, and after it, with commas, what isn't the default:
+
+    hf:emozilla/pg19,split=test                             # config=, split= (train), revision=, field= (text)
+    hf:monology/pile-uncopyrighted,take=100000              # the first N rows: some data sets have no end
+
+What is asked for is read from the hub once, row by row, into a .jsonl file in out/cache; delete it to read anew.
 """
 
 import hashlib
+import importlib
 import json
 import os
+import re
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from tqdm import tqdm
@@ -22,17 +35,19 @@ from tokenizer import Tokenizer, load_tokenizer, train_tokenizer  # noqa: F401 (
 
 # ---------------------------------------------------------------- documents
 
-_SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
+_TABLES = (".jsonl", ".parquet")  # a document a row
+_SUFFIXES = (".txt", ".md", ".py", *_TABLES)
+_CACHE = "out/cache"
 _NOT_STDLIB = {"test", "tests", "idle_test", "idlelib", "encodings", "site-packages", "dist-packages"}
 
 
 def read_documents(paths: Sequence[str | Path] | None, split: str = "all") -> Iterator[tuple[str, str]]:
     """Yield (name, text) of every document of a split: "train", "val" (about 10%) or "all".
 
-    paths: files (.txt, .md, .py: one document each; .jsonl, .parquet: one a row, its field `text`) or folders of
-    them; None: the sources of Python's standard library, which everybody has. The split depends on the documents'
-    names alone, relative to the paths. Where that leaves one side empty, the last document is validation, or the
-    first is training; where there is one document only, its last 10% is validation.
+    paths: files (.txt, .md, .py: one document each; .jsonl, .parquet: one a row, its field `text`), folders of
+    them, or hub data sets (hf:...); None: the sources of Python's standard library, which everybody has. The split
+    depends on the documents' names alone, relative to the paths. Where that leaves one side empty, the last document
+    is validation, or the first is training; where there is one document only, its last 10% is validation.
     Raises ValueError for what is not text, and where there is no text at all.
     """
     if split not in ("train", "val", "all"):
@@ -74,16 +89,50 @@ def _documents(paths: Sequence[str | Path] | None) -> Iterator[tuple[str, str]]:
             if path.stat().st_size > 2000:
                 yield path.relative_to(root).as_posix(), path.read_text(encoding="utf-8", errors="replace")
         return
-    for given in map(Path, paths):
-        for path in _files(given, _SUFFIXES, set()) if given.is_dir() else [given]:
-            name = path.relative_to(given if given.is_dir() else given.parent).as_posix()
-            for row, text in _rows(path):
-                try:
-                    text.encode("utf-8")
-                except (AttributeError, UnicodeEncodeError):  # not a string, or half of a surrogate pair in it
-                    raise ValueError(f"{path}, row {row}: its field `text` is not text") from None
-                if text.strip():
-                    yield name if row is None else f"{name}:{row}", text
+    for name, _, (text,) in _records(paths, ("text",), _SUFFIXES):
+        if text.strip():
+            yield name, text
+
+
+def read_reports(
+    paths: Sequence[str | Path], document_field: str = "document", summary_field: str = "summary"
+) -> list[tuple[str, str]]:
+    """(document, summary) of every row of .jsonl or .parquet files, folders of them, or hub data sets (hf:...).
+
+    Raises ValueError, naming file and row, for a field that is missing, empty or not text, and where there are no rows.
+    """
+    fields, reports = (document_field, summary_field), []
+    for _, place, texts in _records(paths, fields, _TABLES):
+        for field, text in zip(fields, texts):
+            if not text.strip():
+                raise ValueError(f"{place}: its field `{field}` is empty")
+        reports.append(texts)
+    if not reports:
+        raise ValueError(f"{corpus_name(paths)}: no reports found, give {', '.join(_TABLES)} files that are not empty")
+    return reports
+
+
+def _records(
+    paths: Sequence[str | Path], fields: tuple[str, ...], suffixes: tuple[str, ...]
+) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """(name, place, texts) of every record, in a fixed order: what it is called, where it is, and its fields."""
+    for given in map(str, paths):
+        root = Path(given)
+        if given.startswith("hf:"):
+            files = [(given.split(",")[0].removeprefix("hf:"), given, _fetched(given, fields))]
+        elif root.is_dir():
+            files = ((path.relative_to(root).as_posix(), path, path) for path in _files(root, suffixes, set()))
+        else:
+            files = [(root.name, root, root)]
+        for name, source, path in files:
+            for row, texts in _rows(path, fields, suffixes):
+                place = f"{source}, row {row}"
+                for field, text in zip(fields, texts):
+                    try:
+                        text.encode("utf-8")
+                    except (AttributeError, UnicodeEncodeError):  # not a string, or half of a surrogate pair in it
+                        raise ValueError(f"{place}: its field `{field}` is not text") from None
+                yield name if row is None else f"{name}:{row}", place, texts
 
 
 def _files(root: Path, suffixes: tuple[str, ...], left_out: set[str]) -> Iterator[Path]:
@@ -93,38 +142,107 @@ def _files(root: Path, suffixes: tuple[str, ...], left_out: set[str]) -> Iterato
         yield from (Path(folder, name) for name in sorted(names) if name.endswith(suffixes))
 
 
-def _rows(path: Path) -> Iterator[tuple[int | None, str]]:
-    """(row, text) of every document in a file; row is None where the file is the document."""
+def _rows(
+    path: Path, fields: tuple[str, ...], suffixes: tuple[str, ...]
+) -> Iterator[tuple[int | None, tuple[str, ...]]]:
+    """(row, texts) of every document in a file, its fields in order; row is None where the file is the document."""
     if path.suffix == ".parquet":
-        import pyarrow.parquet
-
+        parquet = optional("pyarrow.parquet", "parquet", path)
         try:
-            file = pyarrow.parquet.ParquetFile(path)
-            if "text" not in file.schema_arrow.names:
-                raise ValueError(f"it has no column `text`, but {', '.join(file.schema_arrow.names)}")
+            file = parquet.ParquetFile(path)
+            columns = file.schema_arrow.names
+            if missing := [field for field in fields if field not in columns]:
+                raise ValueError(f"it has no column `{missing[0]}`, but {', '.join(columns)}")
             row = 0
-            for batch in file.iter_batches(batch_size=256, columns=["text"]):
-                for text in batch.column(0).to_pylist():
-                    yield (row := row + 1), text
+            for batch in file.iter_batches(batch_size=256, columns=list(fields)):
+                for texts in zip(*(batch.column(field).to_pylist() for field in fields)):
+                    yield (row := row + 1), texts
         except FileNotFoundError:
             raise
         except (ValueError, OSError) as error:  # pyarrow's have many lines, and no file name
-            raise ValueError(f"{path} can't be read: {str(error).splitlines()[0]}") from None
+            raise ValueError(f"{path} can't be read: {_first_line(error)}") from None
     elif path.suffix == ".jsonl":
         with open(path, "rb") as file:
             for row, line in enumerate(file, 1):
                 if line.strip():
                     try:
-                        yield row, json.loads(line)["text"]
+                        record = json.loads(line)
+                        yield row, tuple(record[field] for field in fields)
                     except (ValueError, TypeError, KeyError):  # not JSON or not UTF-8; no object; no such field
-                        raise ValueError(f'{path}, line {row}: expected a JSON object with a field "text"') from None
-    elif path.suffix in _SUFFIXES or not path.exists():
+                        wanted = " and ".join(f'a field "{field}"' for field in fields)
+                        raise ValueError(f"{path}, line {row}: expected a JSON object with {wanted}") from None
+    elif path.suffix in suffixes or not path.exists():
         try:
-            yield None, path.read_text(encoding="utf-8")  # a missing file raises here, with its name
+            yield None, (path.read_text(encoding="utf-8"),)  # a missing file raises here, with its name
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): convert it or leave it out") from None
     else:
-        raise ValueError(f"{path} is none of {', '.join(_SUFFIXES)}: rename or convert it")
+        raise ValueError(f"{path} is none of {', '.join(suffixes)}: rename or convert it")
+
+
+def optional(module: str, extra: str, what: object) -> ModuleType:
+    """A module that comes with one of the extras of pyproject.toml. ValueError that says how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        library = module.split(".")[0]
+        raise ValueError(f'{what} needs the library {library}: pip install -e ".[{extra}]"') from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# ---------------------------------------------------------------- the hub
+
+_HUB_FORM = "hf:owner/name[,config=...][,split=train][,take=N][,field=text][,revision=...]"
+
+
+def _fetched(spec: str, fields: tuple[str, ...]) -> Path:
+    """The .jsonl file that holds these fields of a hub data set: in the cache already, or read from the hub now.
+
+    Being a file, it is hashed, split and tokenized as every other, any number of times, and a training run goes on
+    where there is no hub. `field=` says what plays the part of the one field `text`.
+    """
+    name, *parts = spec.removeprefix("hf:").split(",")
+    options = dict(part.split("=", 1) if "=" in part else (part, "") for part in parts)
+    if unknown := sorted(options.keys() - {"config", "split", "take", "field", "revision"}):
+        raise ValueError(f"{spec}: `{unknown[0]}` is unknown, a hub data set is {_HUB_FORM}")
+    if not name or "" in options.values() or not re.fullmatch(r"0*[1-9][0-9]*", options.get("take", "1")):
+        raise ValueError(f"{spec}: a hub data set is {_HUB_FORM}, N at least 1")
+    if "field" in options and len(fields) > 1:
+        raise ValueError(f"{spec}: field= is for text alone, the fields of reports have flags of their own")
+    key = json.dumps([name, sorted(options.items()), fields])
+    path = Path(_CACHE) / f"hub-{hashlib.sha256(key.encode()).hexdigest()[:32]}.jsonl"
+    if not path.is_file():
+        rows = _hub_rows(spec, name, options, [options.get("field", field) for field in fields])
+        with (
+            tqdm(desc=f"reading {spec}", unit="row") as bar,
+            replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file,
+        ):  # fmt: skip
+            for texts in rows:
+                file.write(json.dumps(dict(zip(fields, texts))) + "\n")
+                bar.update()
+    return path
+
+
+def _hub_rows(spec: str, name: str, options: dict[str, str], fields: list[str]) -> Iterator[list]:
+    """The fields of each row of a hub data set, or of a folder with the files of one, as they come."""
+    datasets = optional("datasets", "hub", spec)
+    take = int(options["take"]) if "take" in options else None
+    try:
+        rows = datasets.load_dataset(
+            name, options.get("config"), split=options.get("split", "train"), revision=options.get("revision"),
+            streaming=True,
+        )  # fmt: skip
+        for n, row in enumerate(islice(rows, take), 1):
+            if missing := [field for field in fields if field not in row]:
+                raise ValueError(f"row {n} has no field `{missing[0]}`, but {', '.join(row)}")
+            yield [row[field] for field in fields]
+    except Exception as error:  # the library has its own, and so have those beneath it, for a hub out of reach
+        line = _first_line(error)
+        way = ": try revision=refs/convert/parquet, the hub's own copy without one" if "scripts are no" in line else ""
+        raise ValueError(f"{spec} can't be read: {line}{way}") from None
 
 
 # ---------------------------------------------------------------- the corpus on disk
@@ -152,7 +270,7 @@ class Corpus:
 
 
 def load_corpus(
-    paths: Sequence[str | Path] | None, tokenizer: Tokenizer, split: str = "all", cache: str | Path = "out/cache"
+    paths: Sequence[str | Path] | None, tokenizer: Tokenizer, split: str = "all", cache: str | Path = _CACHE
 ) -> Corpus:
     """The tokens of a split (see `read_documents`), from the cache if these very texts met this tokenizer before.
 

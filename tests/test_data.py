@@ -5,7 +5,9 @@ import hashlib
 import json
 import re
 import resource
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -130,6 +132,149 @@ def test_parquet_without_a_text_column(tmp_path):
     parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"a\.parquet, row 2: its field `text` is not text"):
         list(read_documents([tmp_path]))
+
+
+# ---------------------------------------------------------------- reports
+
+
+def test_reports_from_jsonl_and_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    reports = [(f"document {i} é\nline", f" summary {i}") for i in range(300)]
+    lines = [json.dumps({"summary": s, "id": 1, "document": d}) for d, s in reports]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n\n")
+    documents, summaries = zip(*reports)
+    parquet.write_table(pyarrow.table({"abstract": summaries, "n": range(300), "article": documents}),
+                        tmp_path / "b.parquet", row_group_size=100)  # fmt: skip
+    assert data.read_reports([tmp_path / "a.jsonl"]) == reports
+    assert data.read_reports([tmp_path / "b.parquet"], "article", "abstract") == reports
+    (tmp_path / "b.parquet").rename(tmp_path / "b.txt")  # a folder is searched for tables alone
+    assert data.read_reports([tmp_path, str(tmp_path / "a.jsonl")]) == reports * 2
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.txt", "x", r"a\.txt is none of \.jsonl, \.parquet"),
+    ("a.jsonl", '{"document": "x"}', r'line 1: expected a JSON object with a field "document" and a field "summary"'),
+    ("a.jsonl", '{"document": "x", "summary": null}', r"a\.jsonl, row 1: its field `summary` is not text"),
+    ("a.jsonl", '{"document": "x", "summary": " "}', r"a\.jsonl, row 1: its field `summary` is empty"),
+    ("a.jsonl", "\n", r"a\.jsonl: no reports found"),
+])  # fmt: skip
+def test_bad_reports_are_one_line(name, content, message, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        data.read_reports([tmp_path / name])
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_parquet_without_the_library_and_without_a_field(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"document": ["a"], "text": ["b"]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet can't be read: it has no column `summary`, but document, text"):
+        data.read_reports([tmp_path / "a.parquet"])
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ValueError, match=r'a\.parquet needs the library pyarrow: pip install -e "\.\[parquet\]"'):
+        list(read_documents([tmp_path / "a.parquet"]))
+
+
+# ---------------------------------------------------------------- the hub
+
+
+@pytest.fixture
+def dataset(tmp_path, monkeypatch):
+    """A folder as a clone of a hub data set, which the library opens in the same way; the cache is in tmp_path."""
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "books").mkdir(parents=True)
+    for split, n in (("train", 40), ("test", 7)):
+        rows = [{"text": f"{split} {i} é", "title": f"title {i}", "year": i} for i in range(n)]
+        (tmp_path / "owner" / "books" / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return "hf:owner/books"
+
+
+def test_a_split_of_a_hub_data_set(dataset, tok):
+    assert list(read_documents([dataset])) == [(f"owner/books:{i + 1}", f"train {i} é") for i in range(40)]
+    assert [text for _, text in read_documents([f"{dataset},split=test"])] == [f"test {i} é" for i in range(7)]
+    assert [text for _, text in read_documents([f"{dataset},take=3,split=test,field=title"])] == [
+        "title 0", "title 1", "title 2"]  # fmt: skip
+    assert data.read_reports([f"{dataset},take=2"], "text", "title") == [("train 0 é", "title 0"),
+                                                                        ("train 1 é", "title 1")]  # fmt: skip
+    # with other paths, split as they are, tokenized as they are
+    train, val = (list(read_documents([dataset, "owner/books/test.jsonl"], split)) for split in ("train", "val"))
+    assert len(train) + len(val) == 47 and len(train) > len(val) > 0
+    corpus = load_corpus([f"{dataset},split=test"], tok)
+    assert [tok.decode(ids) for ids in corpus.documents()] == [f"test {i} é" for i in range(7)]
+
+
+def test_the_hub_is_read_once_and_no_further_than_asked(dataset, monkeypatch):
+    import datasets
+
+    read, load = [], datasets.load_dataset
+
+    def counted(*args, **options):
+        assert options["streaming"]
+        rows = load(*args, **options)
+        return rows.map(lambda row: read.append(row["text"]) or row)
+
+    monkeypatch.setattr(datasets, "load_dataset", counted)
+    first = list(read_documents([f"{dataset},take=5"], "train"))
+    assert first and len(read) == 5
+    assert list(read_documents([f"{dataset},take=5"], "train")) == first and len(read) == 5
+    list(read_documents([f"{dataset},take=6"]))
+    assert len(read) == 11
+
+    def breaks(*args, **options):
+        yield {"text": "one row"}
+        raise ConnectionError("gone\naway")
+
+    monkeypatch.setattr(datasets, "load_dataset", breaks)
+    cached = set(Path("out/cache").iterdir())
+    with pytest.raises(ValueError, match="hf:owner/books,split=test can't be read: gone$"):
+        list(read_documents([f"{dataset},split=test"]))
+    assert set(Path("out/cache").iterdir()) == cached  # no half of a data set
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert len(list(read_documents([f"{dataset},split=test"]))) == 7
+
+
+@pytest.mark.parametrize("more, message", [
+    (",split=dev", "can't be read: .*dev"),
+    (",config=x", "can't be read: .*x"),
+    (",field=body", "can't be read: row 1 has no field `body`, but text, title, year"),
+    (",field=year", "row 1: its field `text` is not text"),
+    (",take=0", "N at least 1"),
+    (",take=many", "N at least 1"),
+    (",split", r"a hub data set is hf:owner/name\[,config=...\]"),
+    (",limit=3", "`limit` is unknown, a hub data set is"),
+    ("@main", "can't be read: "),
+])  # fmt: skip
+def test_bad_hub_data_sets_are_one_line(more, message, dataset, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=message) as error:
+        list(read_documents([dataset + more]))
+    assert "\n" not in str(error.value) and str(error.value).startswith(dataset + more)
+
+
+def test_hub_fields_of_reports_and_scripts(dataset, monkeypatch):
+    import datasets
+
+    with pytest.raises(ValueError, match="field= is for text alone"):
+        data.read_reports([f"{dataset},field=title"], "text", "title")
+    with pytest.raises(ValueError, match="row 1 has no field `document`"):
+        data.read_reports([dataset])
+
+    def script(*args, **options):
+        raise RuntimeError("Dataset scripts are no longer supported, but found books.py")
+
+    monkeypatch.setattr(datasets, "load_dataset", script)
+    with pytest.raises(ValueError, match="books.py: try revision=refs/convert/parquet"):
+        list(read_documents([dataset]))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r'hf:owner/books needs the library datasets: pip install -e "\.\[hub\]"'):
+        list(read_documents([dataset]))
 
 
 # ---------------------------------------------------------------- the corpus on disk

@@ -1,16 +1,17 @@
-"""Tokens become batches: the passkey text, the training mix, and rows that depend on nothing but their number.
+"""Tokens become batches: passkeys, the training mix, reports; rows that depend on nothing but their number.
 
 Read data.py first, then this from top to bottom:
 
     prompt = passkey_prompt(tokenizer, length=2048, k=1024, key="00417")
     ids, targets = sample_batch(corpus, tokenizer, 256, step=0, indices=range(16), seed=0)
+    ids, targets = sample_reports(reports, tokenizer, 2048, step=0, indices=range(4), batch_size=4, seed=0)
 
 A batch is a pure function of (seed, step, index in the global batch): there is no sampler whose state could
 be lost, so a resumed run sees what it would have seen, and any number of processes share a batch by slicing it.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -301,3 +302,86 @@ def _repeats(corpus: Corpus, tokenizer: Tokenizer, size: int, rng: np.random.Gen
             segments.append(_text(corpus, min(n, len(corpus)), rng))
     order = rng.integers(len(segments), size=size // min(map(len, segments)) + 1)
     return np.concatenate([segments[i] for i in order])[:size]
+
+
+# ---------------------------------------------------------------- reports and their summaries
+
+REPORT_PROMPT = "Read the following report and write a summary of it.\n\nReport:\n{document}\n\nSummary:\n"
+
+
+@lru_cache(maxsize=8)
+def _report_frame(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The tokens of the prompt before the document, BOS among them, and after it."""
+    head, tail = REPORT_PROMPT.split("{document}")
+    return tokenizer.around[0] + tokenizer.encode(head), tokenizer.encode("a" + tail)[len(tokenizer.encode("a")) :]
+
+
+def report_prompt(tokenizer: Tokenizer, document: str, max_input: int | None = None) -> list[int]:
+    """The tokens that a summary follows: BOS, the prompt with the document's first max_input tokens (None: all).
+
+    The parts are tokenized each for itself, in training as in generation: a tokenizer that would join the last word
+    of a document, wherever it is cut, and the line break after it makes no difference between the two.
+    """
+    head, tail = _report_frame(tokenizer)
+    # stripped: with white space at its edges the text's own tokens could not be told from the line break's
+    return head + _line(tokenizer, document.strip(), end="").tolist()[:max_input] + tail
+
+
+def report_frame_tokens(tokenizer: Tokenizer) -> int:
+    """What report_prompt adds to a document's tokens."""
+    return sum(map(len, _report_frame(tokenizer)))
+
+
+def _room_for_document(tokenizer: Tokenizer, length: int, number: int, answer: np.ndarray) -> int:
+    """Tokens that prompt and answer (the summary and EOS) leave to the document of report `number`, at least 1."""
+    frame = report_frame_tokens(tokenizer)
+    room = length + 1 - frame - len(answer)  # the last token is a target only
+    if room < 1:
+        raise ValueError(
+            f"report {number + 1}: {len(answer)} tokens of summary and {frame} of prompt leave no room for its "
+            f"document in a window of {length}: give a longer window, or leave this report out"
+        )
+    return room
+
+
+def _answer(tokenizer: Tokenizer, summary: str) -> np.ndarray:
+    """The tokens that are to follow the prompt."""
+    return np.append(_line(tokenizer, summary.strip(), end=""), tokenizer.around[1]).astype(np.int64)
+
+
+def check_reports(reports: Sequence[tuple[str, str]], tokenizer: Tokenizer, length: int) -> None:
+    """ValueError, naming the first such report, if one leaves no room for its document; tokenizes summaries alone."""
+    for number, (_, summary) in enumerate(reports):
+        _room_for_document(tokenizer, length, number, _answer(tokenizer, summary))
+
+
+@lru_cache(maxsize=4)
+def _epoch(seed: int, epoch: int, n: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def sample_reports(
+    reports: Sequence[tuple[str, str]], tokenizer: Tokenizer, length: int, step: int, indices: Iterable[int], *,
+    batch_size: int, seed: int, max_input: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Rows `indices` of a step's global batch of batch_size: ids and targets (B, length), int64, on the CPU.
+
+    A row is BOS, the prompt with the document, its summary, EOS, and padding up to length. Targets are -100 but for
+    the summary and its EOS: nothing else is learned. The document is cut to its first max_input tokens, and further
+    where prompt and summary need the room. Row i is number step * batch_size + i of an endless sequence of epochs,
+    each a permutation of the reports drawn from (seed, epoch): a pure function, as sample_batch.
+    ValueError, naming the report (the first is 1), if there is no room for any of its document.
+    """
+    indices = list(indices)
+    ids, targets = torch.zeros(len(indices), length, dtype=torch.int64), torch.full((len(indices), length), -100)
+    for row, i in enumerate(indices):
+        epoch, place = divmod(step * batch_size + int(i), len(reports))
+        number = int(_epoch(seed, epoch, len(reports))[place])
+        document, summary = reports[number]
+        answer = _answer(tokenizer, summary)
+        room = _room_for_document(tokenizer, length, number, answer)
+        prompt = report_prompt(tokenizer, document, room if max_input is None else min(room, max_input))
+        end = len(prompt) + len(answer) - 1  # EOS is a target only
+        ids[row, :end] = torch.tensor([*prompt, *answer[:-1]])
+        targets[row, len(prompt) - 1 : end] = torch.from_numpy(answer)
+    return ids, targets

@@ -1,16 +1,18 @@
-"""sequences.py: the paper's prompt, the training mix, batches as a function of their numbers."""
+"""sequences.py: the paper's prompt, the training mix, reports, batches as a function of their numbers."""
 
 import functools
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 import sequences
-from conftest import FORMS, english
+from conftest import FORMS, TEXTS, english
 from data import load_corpus
-from sequences import Mix, passkey_prompt, sample_batch
+from model import ChunkedCrossEntropy, LLaMA, LLaMAConfig
+from sequences import Mix, passkey_prompt, report_prompt, sample_batch, sample_reports
 
 
 # ---------------------------------------------------------------- the passkey text
@@ -233,3 +235,118 @@ def test_a_corpus_shorter_than_one_window(corpus, tok):
         sample_batch(corpus, tok, len(corpus), 0, [0], seed=0)
     ids, targets = sample_batch(corpus, tok, len(corpus) - 1, 0, [0], seed=0)
     assert ids[0].tolist() == corpus.tokens[:-1].tolist() and targets[0].tolist() == corpus.tokens[1:].tolist()
+
+
+# ---------------------------------------------------------------- reports and their summaries
+
+REPORTS = [(f"{i} " + english(10 + 30 * i, seed=i), f"Summary of {i}: {english(5 + i, seed=i + 50)}") for i in range(7)]
+
+
+def parts(tokenizer, ids, targets):
+    """Prompt, answer and padding of a row of sample_reports, as text and as tokens; the mask must be one run."""
+    asked = (targets != -100).nonzero().flatten().tolist()
+    start, end = asked[0], asked[-1] + 1
+    assert asked == list(range(start, end))
+    answer = targets[start:end].tolist()
+    # the answer is what follows in the row, and its last token, EOS, is a target only
+    assert ids[start + 1 : end].tolist() == answer[:-1] and answer[-1] == tokenizer.eos_id
+    return ids[: start + 1].tolist(), answer[:-1], ids[end:].tolist()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_reports_have_the_prompt_of_generation_and_learn_the_summary_alone(form, tokenizers_by_form):
+    tokenizer = tokenizers_by_form[form]
+    reports = REPORTS + [(text, text[::-1] if text.strip() else "line\n\nline") for text in TEXTS if text.strip()]
+    ids, targets = sample_reports(reports, tokenizer, 1500, 0, range(len(reports)), batch_size=len(reports), seed=3)
+    assert ids.shape == targets.shape == (len(reports), 1500) and ids.dtype == targets.dtype == torch.int64
+    order = np.random.default_rng([3, 0]).permutation(len(reports))
+    for row, number in enumerate(order):
+        document, summary = reports[number]
+        prompt, answer, padding = parts(tokenizer, ids[row], targets[row])
+        assert prompt == report_prompt(tokenizer, document) and prompt[0] == tokenizer.bos_id
+        wanted = sequences.REPORT_PROMPT.format(document=document.strip())
+        assert tokenizer.decode(prompt[1:]) == wanted
+        assert tokenizer.decode(prompt[1:] + answer) == wanted + summary.strip()
+        assert tokenizer.decode(answer).strip() == summary.strip() and not any(padding)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_long_documents_are_cut_from_their_end(form, tokenizers_by_form):
+    tokenizer = tokenizers_by_form[form]
+    document, summary = english(600, seed=1), "It was the worst."
+    whole = report_prompt(tokenizer, document)
+    head, tail = sequences._report_frame(tokenizer)
+    assert len(head) + len(tail) == sequences.report_frame_tokens(tokenizer)
+    inside = whole[len(head) : len(whole) - len(tail)]
+    assert report_prompt(tokenizer, document, 40) == head + inside[:40] + tail
+    (ids,), (targets,) = sample_reports([(document, summary)], tokenizer, 200, 0, [0], batch_size=1, seed=0)
+    prompt, answer, padding = parts(tokenizer, ids, targets)
+    room = 200 - len(answer) - len(head) - len(tail)  # all that the window leaves
+    assert prompt == head + inside[:room] + tail and padding == [] and len(prompt) + len(answer) == 200
+    cut = dict(batch_size=1, seed=0, max_input=30)
+    (ids,), (targets,) = sample_reports([(document, summary)], tokenizer, 200, 0, [0], **cut)
+    assert parts(tokenizer, ids, targets)[:2] == (head + inside[:30] + tail, answer)
+
+
+def test_batches_of_reports_are_a_pure_function_and_each_epoch_has_all(tok):
+    def draw(step, indices, batch_size=4, seed=1):
+        return sample_reports(REPORTS, tok, 400, step, indices, batch_size=batch_size, seed=seed)
+
+    rows = [str(torch.cat(draw(step, [i])).tolist()) for step in range(7) for i in range(4)]
+    epochs = [rows[i : i + 7] for i in range(0, 28, 7)]
+    assert all(len(set(epoch)) == 7 for epoch in epochs)
+    assert set(epochs[0]) == set(epochs[1]) and len(set(map(tuple, epochs))) > 1  # each in its own order
+    ids, targets = draw(5, range(4))
+    order = [3, 0, 2]
+    assert torch.equal(draw(5, order)[0], ids[order]) and torch.equal(draw(5, order)[1], targets[order])
+    assert torch.equal(draw(1, range(2), batch_size=10)[0], draw(5, range(2), batch_size=2)[0])
+    assert not torch.equal(draw(5, range(4), seed=2)[0], ids)
+
+
+def test_a_report_without_room_is_named(tok):
+    answer = len(sequences._answer(tok, REPORTS[6][1]))
+    least = sequences.report_frame_tokens(tok) + answer  # EOS is a target only, so this leaves one token
+    reports = [*REPORTS[:2], (REPORTS[0][0], REPORTS[6][1])]
+    sequences.check_reports(reports, tok, least)
+    _, targets = sample_reports(reports, tok, least, 0, range(3), batch_size=3, seed=0)
+    assert (targets != -100).sum(1).max() == answer
+    for refuse in (lambda: sequences.check_reports(reports, tok, least - 1),
+                   lambda: sample_reports(reports, tok, least - 1, 0, range(3), batch_size=3, seed=0)):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"report 3: {answer} tokens of summary.* window of {least - 1}: give"):
+            refuse()
+
+
+def test_a_tokenizer_without_bos_and_eos(tok):
+    plain = replace(tok, bos_id=None, eos_id=None)
+    (ids,), (targets,) = sample_reports(REPORTS[:1], plain, 300, 0, [0], batch_size=1, seed=0)
+    asked = targets[targets != -100].tolist()
+    assert plain.decode(asked) == REPORTS[0][1] and ids[: len(report_prompt(plain, REPORTS[0][0]))].tolist() == (
+        report_prompt(tok, REPORTS[0][0])[1:])  # fmt: skip
+
+
+def test_no_gradient_comes_from_the_documents_tokens(tok):
+    """The loss's gradient is that of the summary's tokens alone, scored by hand from each row without its padding."""
+    torch.manual_seed(0)
+    model = LLaMA(LLaMAConfig(vocab_size=tok.vocab_size, n_layer=2, n_head=2, n_embd=32, intermediate_size=48))
+    torch.nn.init.normal_(model.lm_head.weight, std=0.3)
+    ids, targets = sample_reports(REPORTS[:3], tok, 250, 0, range(3), batch_size=3, seed=0)
+    model(ids, targets).backward()
+    grads = [weight.grad.clone() for weight in model.parameters()]
+
+    model.zero_grad()
+    losses = []
+    for number in np.random.default_rng([0, 0]).permutation(3):
+        document, summary = REPORTS[number]
+        prompt = report_prompt(tok, document)
+        answer = [*tok.encode("\n" + summary)[len(tok.encode("\n")) :], tok.eos_id]
+        logits = model(torch.tensor([prompt + answer]))[0, len(prompt) - 1 : -1]
+        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="none"))
+    torch.cat(losses).mean().backward()
+    for weight, grad in zip(model.parameters(), grads):
+        torch.testing.assert_close(weight.grad, grad, rtol=1e-4, atol=1e-6)
+
+    # and the logits of all other positions get none
+    hidden = model.hidden(ids).detach().requires_grad_()
+    total = ChunkedCrossEntropy.apply(hidden.flatten(0, 1), model.lm_head.weight, targets.flatten())
+    total.backward()
+    assert torch.equal(hidden.grad.abs().sum(-1) > 0, targets != -100)

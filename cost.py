@@ -18,7 +18,7 @@ PEAK_FLOPS = {
     "A100": 312e12, "A800": 312e12, "H800": 989e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "A6000": 155e12,
     "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12,
 }  # fmt: skip
-LOGITS = 2**24  # at a time in the loss: model.py's chunk
+LOGITS = {"cpu": 2**24, "cuda": 2**27}  # at a time in the loss: model.py's chunk
 
 
 def flops_per_token(config: LLaMAConfig, length: int, training: bool = True) -> float:
@@ -51,7 +51,7 @@ def device_memory(device: torch.device) -> float:
 
 def memory(
     config: LLaMAConfig, tokens: int, *, processes: int = 1, dist: str = "ddp", dtype: torch.dtype = torch.float32,
-    checkpoint_activations: str = "none",
+    checkpoint_activations: str = "none", device_type: str = "cpu",
 ) -> dict[str, float]:  # fmt: skip
     """Bytes on each device in a training step of AdamW: {"weights", "optimizer", "gradients", "activations", "loss",
     "peak"}.
@@ -82,7 +82,8 @@ def memory(
         gradients += (b + 4) * per_block
     activations = tokens * config.n_layer * kept
     again = tokens * block if checkpoint_activations != "none" else 0  # one block, computed again
-    loss = LOGITS * (4 if b == 4 else 4 + 2 * b) + head * (4 if b == 4 else 4 + b) + tokens * C * b
+    logits = min(tokens * config.vocab_size, LOGITS.get(device_type, 2**24)) * (4 if b == 4 else 4 + 2 * b)
+    loss = logits + head * (4 if b == 4 else 4 + b) + tokens * C * b  # and the gradients of the two that meet
     # at the loss all activations are there and no gradient but the head's; at the end it is the other way round
     peak = 8 * P / shards + weights + max(activations + loss, activations + again + 4 * head, gradients + again)
     return {"weights": weights, "optimizer": 8 * P / shards, "gradients": gradients,

@@ -205,14 +205,14 @@ def plan(args: argparse.Namespace) -> str:
     world = args.world_size or int(os.environ.get("WORLD_SIZE", 1))
     check(args, config, world)
     device, dtype = checkpoint.device_and_dtype(args)
-    there = cost.device_memory(device)
+    there, kind = cost.device_memory(device), device.type
     if args.device_memory:
-        there = args.device_memory * 1e9
+        there, kind = args.device_memory * 1e9, "cuda"
         dtype = torch.float32 if args.dtype == "float32" else torch.bfloat16
     engine = args.dist or (choose_dist(config, there)[0] if world > 1 else "ddp")
     T, share = config.block_size, args.batch_size // world
     micro = min(args.micro_batch_size, share)
-    items = cost.memory(config, micro * T, processes=world, dist=engine, dtype=dtype,
+    items = cost.memory(config, micro * T, processes=world, dist=engine, dtype=dtype, device_type=kind,
                         checkpoint_activations=args.checkpoint_activations)  # fmt: skip
     flops = args.max_iters * step_flops(args, config)
     rope = f", by rope {config.rope!r} at scale {config.scale:g}" if config.rope != "none" else ""
@@ -349,7 +349,7 @@ def train(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
         with checkpoint.replacing(log_file) as temporary:
             temporary.write_text("".join(lines))
         tokens = min(args.micro_batch_size, args.batch_size // world) * T
-        needs = cost.memory(config, tokens, processes=world, dist=args.dist, dtype=dtype,
+        needs = cost.memory(config, tokens, processes=world, dist=args.dist, dtype=dtype, device_type=device.type,
                             checkpoint_activations=args.checkpoint_activations)  # fmt: skip
         window = f"window {config.original_window} -> {T} by rope {config.rope!r}"
         print(

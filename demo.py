@@ -43,7 +43,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", default="out/demo", help="the folder for everything")
     add("--scale", type=float, default=2.0, help="L'/L: the window asked for over the original one")
     add("--base_steps", type=int, help="pre-training steps; default: train.py's default")
-    add("--steps", default="50,150,250", help="look at the fine-tunes after these steps; the last one ends them")
+    add("--steps", default="50,100,250", help="look at the fine-tunes after these steps; the last one ends them")
     add("--all", action="store_true", help="fine-tune with NTK and YaRN too")
     add("--distances", type=int, default=32, help="passkey: values of k")
     add("--tries", type=int, default=10, help="passkey: prompts for each k")
@@ -211,8 +211,6 @@ def run_seed(args: argparse.Namespace, seed: int) -> tuple[list[dict], model.LLa
         folder = out / name
         flags = ["--init", str(base), "--scale", f"{args.scale:g}", "--rope", method, *common]
         flags += ["--max_iters", str(args.steps[-1]), "--save_at", ",".join(map(str, args.steps))]
-        if not args.init:  # twice train.py's rate: the tiny base is soon at home in its new window
-            flags += ["--learning_rate", "2e-3"]
         made = trained(folder, flags, parent, f"{name}: fine-tuned at {long} tokens, rope {method!r}", args.device)
         for steps in args.steps:
             rows.append(row(name, method, steps, f"{name}-{steps}", folder / f"step-{steps}", {}, made))

@@ -183,7 +183,7 @@ def batch_parts(args: argparse.Namespace, config: LLaMAConfig, step: int = 0) ->
     shares = dict(passkey=args.passkey_share * cut, repeat=args.repeat_share * cut)
     T, L = config.block_size, min(config.block_size, config.original_window)
     if T == L:
-        return [(T, args.batch_size, sequences.Mix(**shares, alone=0.75))]
+        return [(T, args.batch_size, sequences.Mix(**shares))]
     short = round(args.batch_size * args.short_share)  # counted as sequences of T tokens
     parts = [
         (T, args.batch_size - short, sequences.Mix()),

@@ -77,6 +77,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--preset", default="tiny", choices=PRESETS, help="the shape, when --init is scratch (or with --plan)")
     add("--data", nargs="+",
         help="files or folders of .txt/.md/.py, .jsonl or .parquet; default: Python's standard library")
+    add("--summary_field", help="learn to write summaries: rows of --data (.jsonl, .parquet) have a document in "
+        "--document_field, its summary here, and the loss is on the summary alone; every twentieth is for validation")
+    add("--document_field", default="document", help="with --summary_field")
+    add("--max_input", type=int, help="with --summary_field: cut documents to so many tokens; default: what fits")
     add("--out", help="the folder to write; default: out/base, or out/METHOD-SCALE when extending")
     add("--resume", action="store_true", help="go on with the run in --out, with its flags unless given anew")
     add("--overwrite", action="store_true", help="start anew in an --out that holds a run")
@@ -159,6 +163,10 @@ def check(args: argparse.Namespace, config: LLaMAConfig, world: int) -> None:
         args.keep = {int(step) for step in args.save_at.split(",") if step}
     except ValueError:
         raise ValueError(f"--save_at takes whole numbers with commas between, got {args.save_at!r}") from None
+    if args.summary_field and not args.data:
+        raise ValueError("--summary_field needs --data, files with documents and summaries")
+    if args.max_input is not None and args.max_input < 1:
+        raise ValueError(f"--max_input must be at least 1, got {args.max_input}")
     if config.rope == "dynamic":
         raise ValueError(
             "--rope dynamic changes with the length and is not trained: use it to evaluate, or train another method"
@@ -182,7 +190,7 @@ def batch_parts(args: argparse.Namespace, config: LLaMAConfig, step: int = 0) ->
     cut = 1 / 3 if args.init == "scratch" and step >= 0.8 * args.max_iters else 1.0
     shares = dict(passkey=args.passkey_share * cut, repeat=args.repeat_share * cut)
     T, L = config.block_size, min(config.block_size, config.original_window)
-    if T == L:
+    if T == L or args.summary_field:
         return [(T, args.batch_size, sequences.Mix(**shares))]
     short = round(args.batch_size * args.short_share)  # counted as sequences of T tokens
     parts = [
@@ -299,6 +307,20 @@ def open_data(args: argparse.Namespace, config: LLaMAConfig, tokenizer: data.Tok
     """Two functions that make ids and targets, (B, T) each: rows(step, length, mix, indices) some rows of a step's
     global batch, and held_out(index) a row of validation data. ValueError where there is too little data."""
     T = config.block_size
+    if args.summary_field:
+        reports = data.read_reports(args.data, args.document_field, args.summary_field)
+        sequences.check_reports(reports, tokenizer, T)
+        learned = held = reports  # few are not worth a split
+        if len(reports) > 20:
+            learned, held = [report for i, report in enumerate(reports) if i % 20], reports[::20]
+
+        def summaries(of: list, step: int, indices: range, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
+            return sequences.sample_reports(of, tokenizer, T, step, indices, batch_size=batch_size, seed=seed,
+                                            max_input=args.max_input)  # fmt: skip
+
+        return (lambda step, length, mix, indices: summaries(learned, step, indices, args.batch_size, args.seed),
+                lambda index: summaries(held, index, range(1), 1, 0))  # fmt: skip
+
     corpora = [data.load_corpus(args.data, tokenizer, split) for split in ("train", "val")]
     for corpus in corpora:  # said before anything is written
         sequences.sample_batch(corpus, tokenizer, T, 0, [0], seed=0)

@@ -91,6 +91,23 @@ def test_several_processes_equal_one(inits, alone, engine, processes, activation
     assert_equal_weights(out, alone[tied], 5e-3)
 
 
+def test_summaries_weigh_by_their_tokens_however_the_batch_is_cut(inits):
+    """Summaries of unequal length: a mean of the micro batches' means would differ."""
+    reports = [("the cat sat on the mat. " * (i % 4 + 1), "cat " * (3 * i % 11 + 1)) for i in range(12)]
+    lines = [json.dumps({"document": document, "summary": summary}) + "\n" for document, summary in reports]
+    Path("reports.jsonl").write_text("".join(lines))
+    flags = ["--init", inits[False], "--data", str(Path("reports.jsonl").resolve()), "--summary_field", "summary",
+             "--batch_size", "6", "--max_iters", "5", "--eval_every", "100", "--device", "cpu"]  # fmt: skip
+    train.main([*flags, "--micro_batch_size", "6", "--out", "summaries-whole"])
+    train.main([*flags, "--micro_batch_size", "1", "--out", "summaries-cut"])
+    done = script(*flags, "--micro_batch_size", "2", "--out", "summaries-two", processes=2)
+    assert done.returncode == 0, done.stderr
+    whole = losses(Path("summaries-whole"))
+    assert whole[-1] < whole[0] - 0.05
+    for cut in ("summaries-cut", "summaries-two"):
+        assert losses(Path(cut)) == pytest.approx(whole, abs=5e-5)
+
+
 def test_a_run_on_two_processes_goes_on_with_one_and_with_three(inits, alone):
     out = Path("two").resolve()
     flags = [*QUICK, "--init", inits[False], "--max_iters", "10", "--dist", "fsdp"]

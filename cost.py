@@ -97,5 +97,5 @@ def size(number: float) -> str:
 
 def verdict(peak: float, there: float) -> str:
     if peak > there:
-        return "does not fit: --checkpoint_activations selective, --dist fsdp or more devices make it smaller"
+        return "does not fit: a smaller --micro_batch_size, --checkpoint_activations, --dist fsdp or more devices help"
     return "fits" if peak < 0.9 * there else "may not fit: the allocator needs room too"

@@ -3,14 +3,14 @@
 Read sequences.py (the prompt, at its end) and eval_ppl.py (the command line) first. Then here: `write` (generation),
 `summarize` (what is kept, and how a run resumes), `intervals`, `main`.
 
-    python summarize.py --init out/linear-8 --data reports.jsonl            # its rows have `document` and `summary`
+    python train.py --init out/linear-8 --data reports.jsonl --summary_field summary --out out/reports   # first learn
+    python summarize.py --init out/reports --data reports.jsonl             # its rows have `document` and `summary`
     python summarize.py --init FOLDER --document_field report --data hf:ccdv/govreport-summarization,split=test
     python summarize.py --init FOLDER --data reports.jsonl --max_documents 20 --temperature 0       # a quick look
 
-The model should have been fine-tuned on such reports first. Each document is cut to its first --max_input tokens and
-put into the prompt of that training. The texts go to OUT as they are made, and a run that was interrupted goes on
-where it stopped. Every document is drawn by a generator of its own, seeded by --seed and its number: which others
-are in its batch, and what came before, makes no difference but for rounding.
+Each document is cut to its first --max_input tokens and put into the prompt of the training. The texts go to OUT as
+they are made, and a run that was interrupted goes on where it stopped. Every document is drawn by a generator of its
+own, seeded by --seed and its number: which others are in its batch makes no difference but for rounding.
 """
 
 import argparse

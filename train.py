@@ -76,11 +76,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     by_size = "; default: by the model's size, see `recipe`"
     add("--preset", default="tiny", choices=PRESETS, help="the shape, when --init is scratch (or with --plan)")
     add("--data", nargs="+",
-        help="files or folders of .txt/.md/.py, .jsonl or .parquet; default: Python's standard library")
+        help="files or folders of .txt/.md/.py, .jsonl or .parquet, hub data sets as hf:owner/name,split=train,take=N; "
+        "default: Python's standard library")
     add("--summary_field", help="learn to write summaries: rows of --data (.jsonl, .parquet) have a document in "
         "--document_field, its summary here, and the loss is on the summary alone; every twentieth is for validation")
     add("--document_field", default="document", help="with --summary_field")
-    add("--max_input", type=int, help="with --summary_field: cut documents to so many tokens; default: what fits")
+    add("--max_input", type=int, default=15000, help="with --summary_field: cut documents to so many tokens, and "
+        "further where the window needs it")
     add("--out", help="the folder to write; default: out/base, or out/METHOD-SCALE when extending")
     add("--resume", action="store_true", help="go on with the run in --out, with its flags unless given anew")
     add("--overwrite", action="store_true", help="start anew in an --out that holds a run")
@@ -165,7 +167,9 @@ def check(args: argparse.Namespace, config: LLaMAConfig, world: int) -> None:
         raise ValueError(f"--save_at takes whole numbers with commas between, got {args.save_at!r}") from None
     if args.summary_field and not args.data:
         raise ValueError("--summary_field needs --data, files with documents and summaries")
-    if args.max_input is not None and args.max_input < 1:
+    if args.summary_field and args.init == "scratch":
+        raise ValueError("--summary_field fine-tunes a model that reads already: give --init")
+    if args.max_input < 1:
         raise ValueError(f"--max_input must be at least 1, got {args.max_input}")
     if config.rope == "dynamic":
         raise ValueError(
@@ -341,7 +345,11 @@ def train(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
         raise ValueError(
             f"--out {out} holds a run: --resume to go on with it, --overwrite to start anew, or another --out"
         )
+    if rank() > 0:  # process 0 fetches and tokenizes, the others find its cache
+        barrier()
     rows, held_out = open_data(args, config, tokenizer)
+    if rank() == 0:
+        barrier()
     T = config.block_size
     there = cost.device_memory(device) / (int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1)
     why = ""
@@ -505,9 +513,10 @@ def train(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
             print(f"stopped at step {step}, saved; go on with: python train.py --resume --out {out}", file=sys.stderr)
         sys.exit(128 + (stop or [signal.SIGTERM])[0])
     if rank() == 0:
+        measures = ("summarize.py",) if args.summary_field else ("eval_ppl.py", "passkey.py")
         held = f", {cost.size(torch.cuda.max_memory_allocated(device))} at most" if device.type == "cuda" else ""
         print(
-            f"{out}: done, {step} steps{held}; next: python eval_ppl.py --init {out}; python passkey.py --init {out}",
+            f"{out}: done, {step} steps{held}; next: {'; '.join(f'python {name} --init {out}' for name in measures)}",
             file=sys.stderr,
         )
 

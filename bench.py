@@ -99,7 +99,7 @@ class Ours:
         return self.decode(ids, cache), cache
 
     def decode(self, ids: Tensor, cache: KVCache) -> Tensor:
-        return self.model.lm_head(self.model.hidden(ids, cache)[:, -1:]).argmax(-1)
+        return self.model.lm_head(self.model.hidden(ids, cache, last=True)).argmax(-1)
 
     def rewind(self, cache: KVCache, length: int) -> None:
         cache.length = length

@@ -169,13 +169,16 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(C, config.n_kv_head * D, bias=False)
         self.o_proj = nn.Linear(config.n_head * D, C, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
-        B, T, _ = x.shape
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, layer: int = 0, last: bool = False
+    ) -> Tensor:
+        asked = x[:, -1:] if last else x  # the tokens that ask; all of them answer
+        B, T, _ = asked.shape
         q, k, v = (
-            proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H or K, T, D)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            proj(y).view(B, y.size(1), -1, self.head_dim).transpose(1, 2)  # (B, H or K, T, D)
+            for proj, y in ((self.q_proj, asked), (self.k_proj, x), (self.v_proj, x))
         )
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        q, k = apply_rope(q, cos[-T:], sin[-T:]), apply_rope(k, cos, sin)
         mask = None
         if cache is not None:
             k, v = cache.append(layer, k, v)
@@ -201,7 +204,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)); with `last` for the last token alone."""
 
     def __init__(self, config: LLaMAConfig) -> None:
         super().__init__()
@@ -210,8 +213,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, layer)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, layer: int = 0, last: bool = False
+    ) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, cache, layer, last)
+        x = (x[:, -1:] if last else x) + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -249,15 +255,17 @@ class LLaMA(nn.Module):
         inv_freq, attention_factor = self.config.rope_frequencies(length, positions.device)
         return rope_cos_sin(positions, inv_freq, attention_factor)
 
-    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """The normed hidden states (B, T, C) that the head reads. With a cache, ids follow what is in it."""
+    def hidden(self, ids: Tensor, cache: KVCache | None = None, last: bool = False) -> Tensor:
+        """The normed hidden states (B, T, C) that the head reads. With a cache, ids follow what is in it. `last`: only
+        the last token's (B, 1, C); of the others the last layer then makes keys and values, which is all that is read
+        of them."""
         T, start = ids.size(1), cache.length if cache else 0
         positions = torch.arange(start, start + T, device=ids.device)
         # "dynamic" fixes its frequencies for a whole call: with a cache, by the length that it was made for
         cos, sin = self.rope_cos_sin(positions, cache.max_length if cache else T)
         x = self.embed_tokens(ids)
         for layer, block in enumerate(self.layers):
-            x = self._run_block(block, x, cos, sin, cache, layer)
+            x = self._run_block(block, x, cos, sin, cache, layer, last and block is self.layers[-1])
         if cache is not None:
             cache.length += T
         return self.norm(x)
@@ -306,7 +314,7 @@ class LLaMA(nn.Module):
         done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         stop = None if eos_id is None else torch.tensor(eos_id, device=ids.device).reshape(-1)
         for _ in range(max_new_tokens):
-            logits = self.lm_head(self.hidden(ids, cache)[:, -1]).float()  # the head meets the last token alone
+            logits = self.lm_head(self.hidden(ids, cache, last=True)[:, 0]).float()
             token = sample(logits, temperature, top_p, generator)
             if stop is not None:
                 token = torch.where(done, stop[0], token)

@@ -203,6 +203,21 @@ def test_dynamic_fixes_its_length_for_a_call():
     torch.testing.assert_close(first, model(ids), rtol=0, atol=2e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("shape", ["mha", "gqa"])
+@pytest.mark.parametrize("pieces", PIECES, ids=["decode", "single", "chunked", "mixed"])
+def test_the_last_tokens_state_alone_is_the_last_of_all(pieces, shape):
+    model = make(**SHAPES[shape], **METHODS["linear"])
+    ids = random_ids(3, sum(pieces))
+    caches = [KVCache(model.config, 3, len(ids[0]), ids.device, torch.float32) for _ in range(2)]
+    for piece in ids.split(pieces, dim=1):
+        state, states = model.hidden(piece, caches[0], last=True), model.hidden(piece, caches[1])
+        assert state.shape == (3, 1, 64)
+        torch.testing.assert_close(state, states[:, -1:], rtol=0, atol=2e-5)  # attention sums in another order
+    assert torch.equal(caches[0].k, caches[1].k) and torch.equal(caches[0].v, caches[1].v)
+    torch.testing.assert_close(model.hidden(ids, last=True), model.hidden(ids)[:, -1:], rtol=0, atol=2e-5)
+
+
 def test_a_full_cache_says_so():
     model, ids = make(), random_ids(1, 10)
     cache = KVCache(model.config, 1, 12, ids.device, torch.float32)

@@ -311,26 +311,15 @@ def draw(rows: list[dict], window: int, file: Path) -> None:
 def draw_steps(rows: list[dict], long: int, file: Path) -> None:
     """Two panels over fine-tuning steps, as the paper's tables 3 and 4: perplexity at the long window, and k_max."""
     figure, (left, right) = eval_ppl.new_figure(2, 5.0)
-    for i, name in enumerate(METHODS):
-        curve = [row for row in rows if row["name"] == name or row["name"] == "base" and name == "direct"]
-        if len(curve) > 1:
-            steps = [row["steps"] for row in curve]
-            left.plot(steps, [row["ppl"][str(long)] for row in curve], label=name, **eval_ppl.style(i))
-            right.plot(steps, [row["k_max"] for row in curve], label=name, **eval_ppl.style(i))
-    left.set(
-        xlabel="fine-tuning steps",
-        ylabel=f"perplexity at {long} tokens",
-        title="Perplexity over steps (paper: table 3)",
-    )
-    right.set(
-        xlabel="fine-tuning steps",
-        ylabel="k_max (tokens)",
-        title="Passkey reach over steps (paper: table 4)",
-        ylim=(0, 1.05 * long),
-    )
-    for axis in (left, right):
-        axis.grid(color="0.92")
-        axis.legend(fontsize=8)
+    curves = {
+        name: {row["steps"]: row for row in rows if row["name"] == name or row["name"] == "base" and name == "direct"}
+        for name in METHODS
+    }
+    curves = {name: curve for name, curve in curves.items() if len(curve) > 1}
+    ppl = [(name, long, {n: row["ppl"][str(long)] for n, row in curve.items()}) for name, curve in curves.items()]
+    reach = [(name, long, {n: row["k_max"] for n, row in curve.items()}) for name, curve in curves.items()]
+    eval_ppl.draw_over_steps(left, ppl)
+    passkey.draw_over_steps(right, reach)
     eval_ppl.save_figure(figure, file)
 
 

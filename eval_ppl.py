@@ -7,6 +7,7 @@ and `main`; passkey.py shares the command line at the end.
     python eval_ppl.py --init out/base --scale 8                            # Position Interpolation, not fine-tuned
     python eval_ppl.py --init out/base --scale 8 --rope none                # extrapolation
     python eval_ppl.py --init out/none-8 out/linear-8 --windows 256,512,1024,2048      # one table, one plot
+    python eval_ppl.py --init out/linear-8/step-* out/none-8/step-*         # over fine-tuning steps: paper's table 3
     python eval_ppl.py --init FOLDER --data novel.txt --windows 2048,8192 --max_tokens 20000 --stride 2048
 
 Perplexity is exp of the mean loss per token. Every token of every document counts once, with as much before it as
@@ -19,8 +20,9 @@ import io
 import math
 import os
 import random
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
 
@@ -192,11 +194,46 @@ def label(result: dict) -> str:
     return f"{result['init']} ({method})"
 
 
-def mark_original(axis, results: list[dict]) -> None:
+def over_steps(results: list[dict], values: Callable[[dict], dict]) -> list[tuple[str, int, dict]]:
+    """Results of RUN/step-N as rows (RUN's label, window, {steps: value}); values: of a result, {window: value}."""
+    rows = {}
+    for result in results:
+        name = label(result | {"init": Path(result["init"]).parent})
+        for window, value in values(result).items():
+            rows.setdefault((name, window), {})[result["steps"]] = value
+    return [(*key, points) for key, points in rows.items()]
+
+
+def table_over_steps(rows: list[tuple[str, int, dict]], window: str) -> str:
+    """The rows of `over_steps`, a column for each step; window: what that is called."""
+    steps = sorted({n for *_, points in rows for n in points})
+    cells = [[name, size, *(points.get(n, "-") for n in steps)] for name, size, points in rows]
+    return table(["run", window, *(f"step {n}" for n in steps)], cells)
+
+
+def mark_original(axis, results: list[dict], upright: bool = True) -> None:
     """A line at the window of pre-training (one each, should they differ)."""
     for window in sorted({result["original_window"] for result in results}):
-        name = f"original window, {window:,}"
-        axis.axvline(window, color="0.55", linestyle=(0, (2, 2)), linewidth=1.2, zorder=0, label=name)
+        how = dict(linestyle=(0, (2, 2)), linewidth=1.2, zorder=0, label=f"original window, {window:,}")
+        (axis.axvline if upright else axis.axhline)(window, color="0.55", **how)
+
+
+def legend_below(axis) -> None:
+    """The legend under the picture, where lines at its top and its bottom leave no room within."""
+    columns = 2 if all(len(name) < 40 for name in axis.get_legend_handles_labels()[1]) else 1
+    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=columns, frameon=False)
+
+
+def scale_perplexity(axis, values: list[float]) -> None:
+    """The upright axis of a plot of perplexities: logarithmic if they are far apart."""
+    if max(values) > 4 * min(values):
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(_ticker().LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(_ticker().StrMethodFormatter("{x:,g}"))
+        axis.yaxis.set_minor_formatter(_ticker().NullFormatter())
+    else:  # differences of less than a tenth are not drawn as if they filled the picture
+        middle, half = (max(values) + min(values)) / 2, max(0.55 * (max(values) - min(values)), 0.05 * max(values))
+        axis.set_ylim(middle - half, middle + half)
 
 
 def draw(axis, results: list[dict]) -> None:
@@ -206,21 +243,44 @@ def draw(axis, results: list[dict]) -> None:
         axis.plot([p["window"] for p in points], [p["ppl"] for p in points], label=label(result), **style(i))
     mark_original(axis, results)
     windows = sorted({p["window"] for result in results for p in result["windows"]})
-    values = [p["ppl"] for result in results for p in result["windows"]]
     axis.set_xscale("log", base=2)
     axis.set_xticks(windows, [f"{w:,}" for w in windows])
     axis.minorticks_off()
-    if max(values) > 4 * min(values):
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(_ticker().LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter(_ticker().StrMethodFormatter("{x:,g}"))
-        axis.yaxis.set_minor_formatter(_ticker().NullFormatter())
-    else:  # differences of less than a tenth are not drawn as if they filled the picture
-        middle, half = (max(values) + min(values)) / 2, max(0.55 * (max(values) - min(values)), 0.05 * max(values))
-        axis.set_ylim(middle - half, middle + half)
+    scale_perplexity(axis, [p["ppl"] for result in results for p in result["windows"]])
     axis.grid(color="0.9")
     axis.set(xlabel="evaluation window (tokens)", ylabel="perplexity", title="Sliding-window perplexity")
     axis.legend(fontsize=8)
+
+
+def lines_over_steps(axis, rows: list[tuple[str, int, dict]], value: str) -> None:
+    """A line for each row of `over_steps`, a colour for each run, a marker for each window; value: what is drawn."""
+    names, windows = (list(dict.fromkeys(column)) for column in list(zip(*rows))[:2])
+    several = len(windows) > 1
+    for name, window, points in rows:
+        i, j = names.index(name), windows.index(window)
+        shape = style(j if several else i)
+        how = style(i if len(names) > 1 else j) | {key: shape[key] for key in ("marker", "linestyle")}
+        axis.plot(*zip(*sorted(points.items())), label=f"{name}, {window:,} tokens" if several else name, **how)
+    steps = sorted({n for *_, points in rows for n in points})
+    first, ticks = next(filter(None, steps)), steps[-1:]
+    if steps[-1] > 20 * first:  # 200 ... 1,000 and 10,000 (the paper's table 4): the first ones need room
+        for n in reversed(steps):  # no two labels in each other's way
+            ticks += [n] if n * 1.6 <= ticks[-1] else []
+        axis.set_xscale("symlog", linthresh=first)
+        axis.set_xticks(ticks)
+        axis.minorticks_off()
+    axis.xaxis.set_major_formatter(_ticker().StrMethodFormatter("{x:,g}"))
+    axis.yaxis.set_major_formatter(_ticker().StrMethodFormatter("{x:,g}"))
+    axis.set(xlabel="fine-tuning steps", ylabel=value if several else f"{value} at {windows[0]:,} tokens")
+    axis.grid(color="0.92")
+
+
+def draw_over_steps(axis, rows: list[tuple[str, int, dict]]) -> None:
+    """Perplexity over fine-tuning steps, a line for each row of `over_steps`."""
+    lines_over_steps(axis, rows, "perplexity")
+    scale_perplexity(axis, [value for *_, points in rows for value in points.values()])
+    axis.set_title("Perplexity over steps (paper: table 3)")
+    legend_below(axis)
 
 
 def draw_positions(axis, results: list[dict], points: int = 20) -> None:
@@ -269,7 +329,7 @@ class Parser(checkpoint.Parser):
     def add_argument(self, *flags, **options):
         if flags == ("--init",):
             options |= dict(nargs="+", default=["out/base"], metavar="FOLDER")
-            options["help"] += "; several (A B or A,B) go side by side"
+            options["help"] += "; several (A B or A,B) go side by side, RUN/step-N over N"
         return super().add_argument(*flags, **options)
 
 
@@ -297,9 +357,16 @@ def whole_numbers(parts: Sequence[str] | None, flag: str, least: int) -> list[in
     return sorted(numbers)
 
 
+def steps_of(names: list[str]) -> list[int]:
+    """The N of checkpoints RUN/step-N (train.py --save_at); none if one is no such, or N is the same for all."""
+    steps = [int(found[1]) for name in names if (found := re.fullmatch(r"step-(\d+)", Path(name).name))]
+    return steps if len(steps) == len(names) and len(set(steps)) > 1 else []
+
+
 def prepare(args: argparse.Namespace, stem: str) -> list[LLaMAConfig]:
     """Split --init, choose --json and --plot, and read the configs: what can be refused is refused before the work."""
     args.init = [name for group in args.init for name in group.split(",") if name]
+    args.steps = steps_of(args.init)
     if args.batch_size is not None and args.batch_size < 1:
         raise ValueError(f"--batch_size must be at least 1, got {args.batch_size}")
     if not args.init:
@@ -317,6 +384,9 @@ def prepare(args: argparse.Namespace, stem: str) -> list[LLaMAConfig]:
         folder = Path("out", folder.name.split("@")[0])
     if len(args.init) > 1:
         folder = folder.parent
+    if args.steps:  # into RUN, whose own results have another name; of several runs beside the first
+        folder = folder if len({Path(name).parent for name in args.init}) == 1 else folder.parent
+        stem += "_steps"
     for flag, suffixes in (("json", (".json",)), ("plot", (".png", ".svg", ".pdf"))):
         given = getattr(args, flag)
         path = Path(given or folder / f"{stem}{suffixes[0]}")
@@ -423,29 +493,35 @@ def main(argv: list[str] | None = None) -> None:
         results.append(result)
         del model  # before the next one comes
 
-    cells = [{row["window"]: row for row in result["windows"]} for result in results]
+    for result, steps in zip(results, args.steps):
+        result["steps"] = steps
 
-    def cell(row: dict | None) -> str:
-        if row is None:
-            return "-"
+    def cell(row: dict) -> str:
         return f"{row['ppl']:.2f}" + ("" if row["stderr"] is None else f" ± {row['ppl'] * row['stderr']:.2f}")
 
-    header = ["checkpoint", "rope", "scale", *map(str, columns)]
+    def cells(result: dict) -> dict[int, str]:
+        return {row["window"]: cell(row) for row in result["windows"]}
+
     drawn = f"{len(documents)} of {len(everything) - too_short}" if args.max_documents else f"{len(documents)}"
     cut = f", cut to {args.max_tokens}" if args.max_tokens else ""
     print(f"perplexity by window: {corpus.name}, {split}; {drawn} documents of at least {min_tokens} tokens{cut} "
           f"({too_short} shorter ones left out), stride {stride}")  # fmt: skip
-    print(table(header, [
-        [r["init"], r["rope"], f"{r['scale']:g}", *(cell(by_window.get(w)) for w in columns)]
-        for r, by_window in zip(results, cells)
-    ]))  # fmt: skip
+    if args.steps:
+        print(table_over_steps(over_steps(results, cells), "window"))
+    else:
+        print(table(["checkpoint", "rope", "scale", *map(str, columns)], [
+            [r["init"], r["rope"], f"{r['scale']:g}", *(cells(r).get(w, "-") for w in columns)] for r in results
+        ]))  # fmt: skip
     if len(documents) > 1:
         print("± one standard error over documents (all rows read the same ones: differences between rows are surer)")
     if len(fingerprints) > 1:
         print("the tokenizers differ: these perplexities are of different tokens, don't compare them", file=sys.stderr)
     checkpoint.write_json(args.json, results[0] if len(results) == 1 else results)
     figure, axes = new_figure(2 if args.by_position else 1)
-    draw(axes[0], results)
+    if args.steps:
+        draw_over_steps(axes[0], over_steps(results, lambda r: {row["window"]: row["ppl"] for row in r["windows"]}))
+    else:
+        draw(axes[0], results)
     if args.by_position:
         draw_positions(axes[1], results)
     save_figure(figure, args.plot)

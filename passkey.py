@@ -5,6 +5,7 @@ Read sequences.py (the prompt) and eval_ppl.py (the command line) first. Then he
     python passkey.py --init out/linear-8                                   # at its window, the key at 32 distances
     python passkey.py --init out/base --scale 8                             # Position Interpolation, not fine-tuned
     python passkey.py --init out/none-8 out/linear-8                        # side by side
+    python passkey.py --init out/linear-8/step-* out/none-8/step-*          # over fine-tuning steps: paper's table 4
     python passkey.py --init out/linear-8 --lengths 256,512,1024,2048       # a heat map, distance against length
     python passkey.py --init FOLDER --lengths 4096 --distances 8 --tries 2  # a look at a large model
 
@@ -25,8 +26,8 @@ from tqdm import tqdm
 
 import checkpoint
 from eval_ppl import (
-    BATCH_TOKENS, check_window, evaluation_parser, label, mark_original, new_figure, open_checkpoint, prepare,
-    save_figure, style, table, whole_numbers,
+    BATCH_TOKENS, check_window, evaluation_parser, label, legend_below, lines_over_steps, mark_original, new_figure,
+    open_checkpoint, over_steps, prepare, save_figure, style, table, table_over_steps, whole_numbers,
 )  # fmt: skip
 from model import LLaMA
 from sequences import PasskeyPrompt, passkey_prompt, random_key
@@ -135,6 +136,15 @@ def draw_curves(axis, results: list[dict]) -> None:
     axis.legend(fontsize=8, loc="upper right")  # above the lines
 
 
+def draw_over_steps(axis, rows: list[tuple[str, int, dict]], results: list[dict] = ()) -> None:
+    """k_max over fine-tuning steps, a line for each row of `over_steps`; a line at the original window of results."""
+    lines_over_steps(axis, rows, "k_max")
+    mark_original(axis, results, upright=False)
+    longest = max(length for _, length, _ in rows)
+    axis.set(ylim=(-0.02 * longest, 1.05 * longest), title="Passkey reach over steps (paper: table 4)")
+    legend_below(axis)
+
+
 def draw_heat_map(axis, result: dict):
     """Success by length (across) and distance (up), light where keys are found; the picture, for a colour bar.
 
@@ -212,20 +222,29 @@ def main(argv: list[str] | None = None) -> None:
         })  # fmt: skip
         del model  # before the next one comes
 
+    for result, steps in zip(results, args.steps):
+        result["steps"] = steps
+    rows = args.steps and over_steps(results, lambda r: {run["length"]: run["k_max"] for run in r["lengths"]})
     print(f"passkeys found, {args.tries} tries for each distance k; k_max is the largest k with 20% or more up to it")
     curves = all(len(result["lengths"]) == 1 for result in results)
-    if curves:
+    if curves and not args.steps:
         by_k = [{p["k"]: f"{p['success']:.0%}" for p in r["points"]} for r in results]
         ks = sorted({k for column in by_k for k in column})
-        rows = [[k, *(column.get(k, "-") for column in by_k)] for k in ks]
-        print(table(["k", *(f"{r['init']} ({r['rope']} {r['scale']:g})" for r in results)], rows) + "\n")
-    print(table(["checkpoint", "rope", "scale", "original window", "length", "found", "k_max"], [
-        [r["init"], r["rope"], f"{r['scale']:g}", r["original_window"], run["length"],
-         f"{np.mean([p['success'] for p in run['points']]):.1%}", run["k_max"]]
-        for r in results for run in r["lengths"]
-    ]))  # fmt: skip
+        cells = [[k, *(column.get(k, "-") for column in by_k)] for k in ks]
+        print(table(["k", *(f"{r['init']} ({r['rope']} {r['scale']:g})" for r in results)], cells) + "\n")
+    if args.steps:
+        print(table_over_steps(rows, "length"))
+    else:
+        print(table(["checkpoint", "rope", "scale", "original window", "length", "found", "k_max"], [
+            [r["init"], r["rope"], f"{r['scale']:g}", r["original_window"], run["length"],
+             f"{np.mean([p['success'] for p in run['points']]):.1%}", run["k_max"]]
+            for r in results for run in r["lengths"]
+        ]))  # fmt: skip
     checkpoint.write_json(args.json, results[0] if len(results) == 1 else results)
-    if curves:
+    if args.steps:
+        figure, axes = new_figure(1)
+        draw_over_steps(axes[0], rows, results)
+    elif curves:
         figure, axes = new_figure(1, width=7.5)
         draw_curves(axes[0], results)
     else:

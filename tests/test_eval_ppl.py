@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -278,6 +279,89 @@ def test_several_checkpoints_side_by_side(run, tmp_path):
     assert same[1] == out
 
 
+@pytest.fixture
+def runs(folder, tmp_path):
+    """As train.py --save_at leaves them: PI after 0, 9 and 10 steps, direct fine-tuning after 0 and 10."""
+    tokenizer = data.load_tokenizer(folder / "base")
+    for run, method, kept in (("PI", "linear", (0, 9, 10)), ("direct", "none", (0, 10))):
+        for steps in kept:
+            model = checkpoint.load(folder / "base", scale=2, rope=method)
+            with torch.no_grad():
+                model.lm_head.weight.mul_(1 - steps / 20)  # another perplexity at each step
+            checkpoint.save(model, tmp_path / f"{run}/step-{steps}", tokenizer)
+    return tmp_path
+
+
+def test_over_steps(run, runs, tmp_path):
+    """A row for each run and window, a column for each step in the order of numbers; figures as those of each alone."""
+    init = [str(path) for name in ("PI", "direct") for path in sorted(runs.glob(f"{name}/step-*"))]
+    assert [Path(name).name for name in init[:3]] == ["step-0", "step-10", "step-9"]  # as the shell has them
+    code, out, err = run("--init", *init, *TEXT, "64,128", "--stride", "32", "--max_documents", "1")
+    assert code == 0, err
+    results = json.loads((tmp_path / "p.json").read_text())
+    places = [(Path(r["init"]).parent.name, Path(r["init"]).name, r["steps"], r["rope"]) for r in results]
+    assert places == [
+        *(("PI", f"step-{n}", n, "linear") for n in (0, 10, 9)), *(("direct", f"step-{n}", n, "none") for n in (0, 10)),
+    ]  # fmt: skip
+    ppl = {(r["rope"], r["steps"], w["window"]): f"{w['ppl']:.2f}" for r in results for w in r["windows"]}
+    assert len(set(ppl.values())) == 10
+    lines = [re.split("  +", line) for line in out.splitlines()]
+    assert ["run", "window", "step 0", "step 9", "step 10"] in lines
+    for name, method in (("PI", "linear"), ("direct", "none")):
+        for window in (64, 128):
+            row = [f"{runs}/{name} ({method}, scale 2)", str(window)]
+            assert [*row, *(ppl.get((method, steps, window), "-") for steps in (0, 9, 10))] in lines
+    alone = run("--init", init[1], *TEXT, "64,128", "--stride", "32", "--max_documents", "1")
+    assert ppl["linear", 10, 64] in alone[1] and ppl["linear", 10, 128] in alone[1]
+    assert "steps" not in json.loads((tmp_path / "p.json").read_text()) and "step 10" not in alone[1]
+
+
+def test_one_step_of_several_runs_is_a_comparison_as_any(run, runs, tmp_path):
+    init = [f"{runs}/PI/step-10", f"{runs}/direct/step-10"]
+    code, out, _ = run("--init", *init, *TEXT, "64", "--stride", "32")
+    assert code == 0 and all(re.search(rf"^{name} +\w+ +2 ", out, re.M) for name in init)
+    assert not any("steps" in r for r in json.loads((tmp_path / "p.json").read_text()))
+
+
+@pytest.mark.parametrize(
+    "names, steps",
+    [
+        (["a/step-0", "a/step-200", "b/step-1000/"], [0, 200, 1000]),
+        (["a/step-0", "a"], []),
+        (["a/step-0", "a/step-last"], []),
+        (["a/step-0", "a/step-1.5"], []),
+        (["a/step-5"], []),
+        (["a/step-5", "b/step-5"], []),
+    ],
+)
+def test_what_is_taken_for_a_run_over_steps(names, steps):
+    assert eval_ppl.steps_of(names) == steps
+
+
+def test_the_picture_over_steps():
+    """A line for each run and window; its points in the order of steps, a missing one left out."""
+    rows = [
+        ("PI", 64, {0: 9.0, 200: 7.0, 1000: 6.5}),
+        ("PI", 128, {0: 60.0, 1000: 6.0}),
+        ("direct", 64, {200: 8.0, 0: 9.5}),
+    ]
+    _, (axis,) = eval_ppl.new_figure(1)
+    eval_ppl.draw_over_steps(axis, rows)
+    drawn = {line.get_label(): [list(map(float, values)) for values in line.get_data()] for line in axis.lines}
+    assert drawn == {
+        "PI, 64 tokens": [[0, 200, 1000], [9, 7, 6.5]],
+        "PI, 128 tokens": [[0, 1000], [60, 6]],
+        "direct, 64 tokens": [[0, 200], [9.5, 8]],
+    }
+    assert axis.get_xscale() == "linear" and axis.get_yscale() == "log"
+    looks = [(line.get_color(), line.get_marker()) for line in axis.lines]
+    assert looks[0][0] == looks[1][0] != looks[2][0] and looks[0][1] == looks[2][1] != looks[1][1]
+    _, (axis,) = eval_ppl.new_figure(1)
+    eval_ppl.draw_over_steps(axis, [("PI", 64, dict.fromkeys((0, 200, 400, 600, 800, 1000, 10000), 7.0))])
+    assert list(axis.get_xticks()) == [10000, 1000, 600, 200, 0]  # no two of them in each other's way
+    assert axis.get_ylabel() == "perplexity at 64 tokens" and axis.lines[0].get_label() == "PI"
+
+
 def test_the_default_text_is_what_training_holds_out(run, tmp_path):
     cut = ("--max_documents", "1", "--max_tokens", "64")
     code, out, _ = run("--init", "base", "--windows", "64", "--stride", "63", *cut)
@@ -355,6 +439,10 @@ def test_results_go_beside_the_checkpoint(folder, tmp_path, monkeypatch):
         return str(args.json), str(args.plot)
 
     assert place(f"{folder}/base") == (f"{folder}/base/ppl.json", f"{folder}/base/ppl.png")
+    for name in ("a/step-0", "a/step-10", "out/a/step-0", "out/b/step-10"):
+        (tmp_path / name).mkdir(parents=True)
+    assert place("a/step-0", "a/step-10") == ("a/ppl_steps.json", "a/ppl_steps.png")  # a/ppl.json is a's own
+    assert place("out/a/step-0", "out/b/step-10") == ("out/ppl_steps.json", "out/ppl_steps.png")
     assert place(f"{folder}/base", f"{folder}/pi") == (f"{folder}/ppl.json", f"{folder}/ppl.png")
     assert place("owner/Name-7b@main") == ("out/Name-7b/ppl.json", "out/Name-7b/ppl.png")
     assert place("owner/Name-7b", f"{folder}/pi") == ("out/ppl.json", "out/ppl.png")

@@ -268,6 +268,41 @@ def test_curves_and_heat_maps_side_by_side(run, tmp_path, init, lengths):
     assert len(re.findall(r"^(?:base|pi) ", out, re.M)) == len(results) * (2 if lengths else 1)
 
 
+@pytest.mark.parametrize("lengths", [[], ["--lengths", "256,512"]])
+def test_over_steps(run, folder, tmp_path, tokenizer, monkeypatch, lengths):
+    """The paper's table 4: a row for each run (and length), a column for each step, k_max in it."""
+    reach = {"PI/step-0": 0, "PI/step-9": 300, "PI/step-10": 10**6, "direct/step-9": 200}
+    init = sorted(f"{tmp_path}/{name}" for name in reach)  # step-10 before step-9
+    for name in reach:
+        method = "none" if "direct" in name else "linear"
+        checkpoint.save(checkpoint.load(folder / "base", scale=2, rope=method), tmp_path / name, tokenizer)
+    known = {f"{tmp_path}/{name}": (Reader(tokenizer, k), tokenizer) for name, k in reach.items()}
+    monkeypatch.setattr(passkey, "open_checkpoint", lambda args, name: known[name])
+    code, out, err = run("--init", *init, *lengths, "--distances", "16", "--tries", "2")
+    assert code == 0, err
+    results = json.loads((tmp_path / "k.json").read_text())
+    order = [(Path(r["init"]).parent.name, r["steps"]) for r in results]
+    assert order == [("PI", 0), ("PI", 10), ("PI", 9), ("direct", 9)]
+    best = {(r["rope"], r["steps"], of["length"]): of["k_max"] for r in results for of in r["lengths"]}
+    assert best["linear", 0, 512] == 0 and best["linear", 10, 512] == 512
+    assert 0 < best["none", 9, 512] < best["linear", 9, 512] < 512
+    lines = [line.replace("(linear, scale 2)", "").replace("(none, scale 2)", "").split() for line in out.splitlines()]
+    for length in (256, 512) if lengths else (512,):
+        row = [f"{tmp_path}/PI", str(length)]
+        assert [*row, *(str(best["linear", steps, length]) for steps in (0, 9, 10))] in lines
+        assert [f"{tmp_path}/direct", str(length), "-", str(best["none", 9, length]), "-"] in lines
+    assert (tmp_path / "k.png").stat().st_size > 10_000
+
+
+def test_the_picture_over_steps():
+    _, (axis,) = passkey.new_figure(1)
+    passkey.draw_over_steps(axis, [("PI", 512, {0: 0, 200: 512})], [{"original_window": 256}])
+    curve, original = axis.lines
+    assert [list(values) for values in curve.get_data()] == [[0, 200], [0, 512]]
+    assert list(original.get_ydata()) == [256, 256]
+    assert axis.get_ylim()[0] < 0 and axis.get_ylim()[1] > 512  # neither end hides a point
+
+
 def test_the_heat_map_shows_the_points():
     tables = {128: (64, {64: 0.5, 96: 0.1, 128: 1.0}), 250: (188, {62: 0.25, 188: 0.75})}
     runs = [

@@ -44,8 +44,8 @@ from model import PRESETS, ChunkedCrossEntropy, KVCache, LLaMA, LLaMAConfig
 from rope import apply_rope
 
 TASKS = ("train", "prefill", "decode")
-SIDES = ("ours", "transformers")
 SHAPE = dict(vocab_size=32000, n_layer=6, n_head=6, n_embd=384, intermediate_size=1024)  # 35 M, heads of 64
+SHAPE_FLAGS = (*SHAPE, "n_kv_head")
 
 # ---- the two sides -----------------------------------------------------------------------------------------------
 
@@ -120,13 +120,12 @@ class Theirs:
         transformers = import_transformers()
         transformers.utils.logging.disable_progress_bar()
         options = dict(attn_implementation="sdpa", dtype=settings.weights(task))
-        self.model = transformers.LlamaForCausalLM.from_pretrained(folder, **options).to(settings.device).train()
-        names = inspect.signature(self.model.forward).parameters
+        model = transformers.LlamaForCausalLM.from_pretrained(folder, **options).to(settings.device)
+        self.model = model.train(task == "train")
+        names = inspect.signature(model.forward).parameters
         self.cache_name = "cache" if "cache" in names else "past_key_values"  # it was renamed in version 5
         if settings.checkpoint_activations == "full":
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if task != "train":
-            self.model.eval()
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if settings.compile:
             self.model.compile()
 
@@ -168,8 +167,7 @@ def import_transformers():
     return transformers
 
 
-def open_side(side: str, folder: str, task: str, settings: Settings) -> Ours | Theirs:
-    return (Ours if side == "ours" else Theirs)(folder, task, settings)
+SIDES = {"ours": Ours, "transformers": Theirs}
 
 
 def save_random(config: LLaMAConfig, folder: str) -> None:
@@ -230,10 +228,6 @@ def prepare(side: Ours | Theirs, task: str, window: int, settings: Settings) -> 
     return decode
 
 
-def tokens_of(task: str, window: int, settings: Settings) -> int:
-    return settings.batch_size * (settings.new_tokens if task == "decode" else window)
-
-
 def seconds(call: Callable[[], object], device: torch.device) -> float:
     """The wall-clock time of a call, the device's work included."""
     gc.collect()
@@ -262,7 +256,7 @@ def peak_memory(side: str, folder: str, task: str, window: int, settings: Settin
     larger this process grew than it was with everything imported. For a process of its own."""
     import_transformers().LlamaForCausalLM  # the attribute imports the model's file: into the baseline, on both sides
     before = resident()
-    call = prepare(open_side(side, folder, task, settings), task, window, settings)
+    call = prepare(SIDES[side](folder, task, settings), task, window, settings)
     if settings.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(settings.device)
         call()
@@ -317,9 +311,29 @@ def time_both(calls: dict[str, Callable], repeats: int, device: torch.device, ba
     return {name: values[1:] for name, values in times.items()}
 
 
+def measure_speed(
+    task: str, args: argparse.Namespace, settings: Settings, folder: str, memory: dict, bar: tqdm
+) -> tuple[list[dict], float]:
+    """The rows of a task, and by how much the two sides' logits differ."""
+    sides = {name: Side(folder, task, settings) for name, Side in SIDES.items()}
+    off, rows = difference(*sides.values(), settings), []
+    for window in args.windows:
+        bar.set_description(f"{task} at {window:,}, speed")
+        calls = {name: prepare(side, task, window, settings) for name, side in sides.items()}
+        times = time_both(calls, args.repeats, settings.device, bar)
+        rows.append(compare(task, window, times, memory[task, window], settings))
+        for name, side in sides.items() if task == "train" else ():
+            for part, call in parts(side, window, settings).items():
+                alone = statistics.median([seconds(call, settings.device) for _ in range(4)][1:])
+                rows[-1][name][f"{part}_share"] = alone / statistics.median(times[name])
+        del calls  # and with them the optimizers, before the next ones come
+    return rows, off
+
+
 def compare(task: str, window: int, times: dict, memory: dict[str, int], settings: Settings) -> dict:
     """A row of the results: each side's figures, and ours over theirs."""
-    tokens, peak = tokens_of(task, window, settings), cost.peak_flops(settings.device)
+    tokens = settings.batch_size * (settings.new_tokens if task == "decode" else window)
+    peak = cost.peak_flops(settings.device)
     row = {"task": task, "window": window, "tokens": tokens}
     for side in SIDES:
         speed = tokens / statistics.median(times[side])
@@ -352,10 +366,11 @@ def machine(device: torch.device) -> dict:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The flags, checked; windows and tasks as lists."""
     parser = checkpoint.Parser(__doc__)
     add = parser.add_argument
     add("--preset", choices=PRESETS, help="the model's shape; default: 35 M parameters, 6 layers, heads of 64")
-    for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "intermediate_size"):
+    for name in SHAPE_FLAGS:
         add(f"--{name}", type=int, help="in place of the preset's")
     add("--windows", nargs="+", default=["1024,2048,4096"], help="tokens of a sequence")
     add("--tasks", default=",".join(TASKS), help="any of them, with commas")
@@ -370,14 +385,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", default="out/bench", help="the folder of bench.json and bench.png")
     add("--json", help="the results; default: in --out")
     add("--plot", help="the picture, .png, .svg or .pdf; default: in --out")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.windows, args.tasks = eval_ppl.whole_numbers(args.windows, "--windows", 2), args.tasks.split(",")
+    if not args.windows or set(args.tasks) - set(TASKS):
+        raise ValueError(f"--windows takes whole numbers, --tasks any of {', '.join(TASKS)} with commas between")
+    for flag in ("batch_size", "new_tokens", "repeats"):
+        if getattr(args, flag) < 1:
+            raise ValueError(f"--{flag} must be at least 1, got {getattr(args, flag)}")
+    if "decode" in args.tasks and args.new_tokens >= args.windows[0]:
+        raise ValueError(f"--new_tokens {args.new_tokens} leaves nothing of the smallest window, {args.windows[0]}")
+    args.json, args.plot = args.json or f"{args.out}/bench.json", args.plot or f"{args.out}/bench.png"
+    if Path(args.plot).suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--plot {args.plot} must end in .png, .svg or .pdf")
+    return args
 
 
-def config_of(args: argparse.Namespace, window: int) -> LLaMAConfig:
-    names = ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "intermediate_size")
-    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    fields = PRESETS[args.preset] if args.preset else SHAPE
-    return LLaMAConfig(**{**fields, **changes, "block_size": window})
+def settings_of(args: argparse.Namespace) -> Settings:
+    changes = {name: getattr(args, name) for name in SHAPE_FLAGS if getattr(args, name) is not None}
+    fields = (PRESETS[args.preset] if args.preset else SHAPE) | changes | {"block_size": args.windows[-1]}
+    how = (args.batch_size, args.new_tokens, args.checkpoint_activations, args.compile)
+    return Settings(LLaMAConfig(**fields), *checkpoint.device_and_dtype(args), *how)
 
 
 def draw(figure_axes: list, rows: list[dict]) -> None:
@@ -426,63 +453,40 @@ def show(rows: list[dict]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    windows, tasks = eval_ppl.whole_numbers(args.windows, "--windows", 2), args.tasks.split(",")
-    for flag in ("batch_size", "new_tokens", "repeats"):
-        if getattr(args, flag) < 1:
-            raise ValueError(f"--{flag} must be at least 1, got {getattr(args, flag)}")
-    if not windows or set(tasks) - set(TASKS):
-        raise ValueError(f"--windows takes whole numbers, --tasks any of {', '.join(TASKS)} with commas between")
-    if "decode" in tasks and args.new_tokens >= windows[0]:
-        raise ValueError(f"--new_tokens {args.new_tokens} leaves nothing of the smallest window, {windows[0]}")
-    names = {"json": args.json or f"{args.out}/bench.json", "plot": args.plot or f"{args.out}/bench.png"}
-    if Path(names["plot"]).suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"--plot {args.plot} must end in .png, .svg or .pdf")
     import_transformers()
-    device, dtype = checkpoint.device_and_dtype(args)
-    how = (args.batch_size, args.new_tokens, args.checkpoint_activations, args.compile)
-    settings = Settings(config_of(args, windows[-1]), device, dtype, *how)
-    grid = [(task, window) for task in tasks for window in windows]
-    rows, off = [], 0.0
-
+    settings = settings_of(args)
+    grid = [(task, window) for task in args.tasks for window in args.windows]
+    memory, rows, off = {}, [], 0.0
     with tempfile.TemporaryDirectory() as folder, tqdm(total=2 * len(grid) * (args.repeats + 2), unit="call") as bar:
         save_random(settings.config, folder)
-        memory = {}
-        for task, window in grid:  # before this process holds anything: a GPU is then theirs
+        for task, window in grid:  # before this process holds anything: all of a GPU is then theirs
             bar.set_description(f"{task} at {window:,}, memory")
             memory[task, window] = {}
             for side in SIDES:
                 memory[task, window][side] = in_a_process_of_its_own(side, folder, task, window, settings)
                 bar.update()
-        for task in tasks:
-            sides = {side: open_side(side, folder, task, settings) for side in SIDES}
-            off = max(off, difference(*sides.values(), settings))
-            for window in windows:
-                bar.set_description(f"{task} at {window:,}, speed")
-                calls = {name: prepare(side, task, window, settings) for name, side in sides.items()}
-                times = time_both(calls, args.repeats, device, bar)
-                row = compare(task, window, times, memory[task, window], settings)
-                for name, side in sides.items() if task == "train" else ():
-                    for part, call in parts(side, window, settings).items():
-                        alone = statistics.median([seconds(call, device) for _ in range(4)][1:])
-                        row[name][f"{part}_share"] = alone / statistics.median(times[name])
-                rows.append(row)
-                del calls
+        for task in args.tasks:
+            try:
+                more, differ = measure_speed(task, args, settings, folder, memory, bar)
+            except torch.OutOfMemoryError:
+                raise ValueError(f"{task}: not enough memory for both sides at a time: give fewer --n_layer") from None
+            rows, off = rows + more, max(off, differ)
 
-    result = {"machine": machine(device), "parameters": settings.config.n_params, "preset": args.preset,
-              "dtype": str(dtype).removeprefix("torch."), "batch_size": args.batch_size, "repeats": args.repeats,
-              "new_tokens": args.new_tokens, "checkpoint_activations": args.checkpoint_activations,
-              "compile": args.compile, "logits_differ_by": off, "rows": rows}  # fmt: skip
+    names = ("preset", "batch_size", "repeats", "new_tokens", "checkpoint_activations", "compile")
+    dtype, n_params = str(settings.dtype).removeprefix("torch."), settings.config.n_params
+    result = {"machine": machine(settings.device), "parameters": n_params, "dtype": dtype,
+              **{name: getattr(args, name) for name in names}, "logits_differ_by": off, "rows": rows}  # fmt: skip
     print(", ".join(f"{name} {value}" for name, value in result["machine"].items()))
-    print(f"{settings.config.n_params / 1e6:,.1f} M parameters, {result['dtype']}, batch {args.batch_size}, "
-          f"activations recomputed: {args.checkpoint_activations}, compiled: {'yes' if args.compile else 'no'}; "
-          f"medians of {args.repeats} (lowest..highest)")  # fmt: skip
+    print(f"{n_params / 1e6:,.1f} M parameters, {dtype}, batch {args.batch_size}, activations recomputed: "
+          f"{args.checkpoint_activations}, compiled: {'yes' if args.compile else 'no'}; medians of {args.repeats} "
+          f"(lowest..highest)")  # fmt: skip
     print(f"the same model: logits differ by at most {off:.1g} of their standard deviation\n")
     show(rows)
-    checkpoint.write_json(names["json"], result)
+    checkpoint.write_json(args.json, result)
     figure, axes = eval_ppl.new_figure(2)
     draw(axes, rows)
-    eval_ppl.save_figure(figure, names["plot"])
-    print(f"written: {names['json']}, {names['plot']}")
+    eval_ppl.save_figure(figure, args.plot)
+    print(f"written: {args.json}, {args.plot}")
 
 
 if __name__ == "__main__":

@@ -17,20 +17,14 @@ TINY = ["--vocab_size", "300", "--n_layer", "2", "--n_head", "4", "--n_kv_head",
         "--intermediate_size", "48", "--device", "cpu"]  # fmt: skip
 
 
-def settings_for(*flags, window=48):
-    args = bench.parse([*TINY, *flags])
-    how = (args.batch_size, args.new_tokens, args.checkpoint_activations, args.compile)
-    return bench.Settings(bench.config_of(args, window), *checkpoint.device_and_dtype(args), *how)
-
-
 @pytest.fixture
 def both(tmp_path):
     """A function that opens both sides of one model."""
 
     def open_both(task, *flags):
-        settings = settings_for("--new_tokens", "16", *flags)
+        settings = bench.settings_of(bench.parse([*TINY, "--windows", "48", "--new_tokens", "16", *flags]))
         bench.save_random(settings.config, str(tmp_path))
-        return [bench.open_side(side, str(tmp_path), task, settings) for side in bench.SIDES], settings
+        return [Side(str(tmp_path), task, settings) for Side in bench.SIDES.values()], settings
 
     return open_both
 
@@ -214,7 +208,7 @@ def test_a_missing_transformers_is_one_line(monkeypatch, capsys):
 
 
 def test_presets_and_shape_flags():
-    config = bench.config_of(bench.parse(["--preset", "llama-7b", "--n_layer", "2"]), 8192)
+    config = bench.settings_of(bench.parse(["--preset", "llama-7b", "--n_layer", "2", "--windows", "8192"])).config
     assert (config.n_layer, config.n_embd, config.vocab_size, config.block_size) == (2, 4096, 32000, 8192)
-    config = bench.config_of(bench.parse([]), 4096)
+    config = bench.settings_of(bench.parse([])).config
     assert 30e6 < config.n_params < 40e6 and config.head_dim == 64 and config.vocab_size == 32000

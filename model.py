@@ -133,7 +133,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(n_embd))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        y = F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        device = x.device.type  # under autocast: cast once here, not kept once by each of the matrices that read it
+        return y.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else y
 
 
 class KVCache:

@@ -253,10 +253,13 @@ def resident(peak: bool = False) -> int:
 
 def peak_memory(side: str, folder: str, task: str, window: int, settings: Settings) -> int:
     """Peak bytes of the task, weights, optimizer and cache included: what the GPU's allocator handed out, or how much
-    larger this process grew than it was with everything imported. For a process of its own."""
+    larger this process grew than it was with everything imported (and so by the compiler, with --compile on a CPU).
+    For a process of its own."""
     import_transformers().LlamaForCausalLM  # the attribute imports the model's file: into the baseline, on both sides
     before = resident()
     call = prepare(SIDES[side](folder, task, settings), task, window, settings)
+    if settings.compile:
+        call()  # the compiler's own memory is not the task's
     if settings.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(settings.device)
         call()

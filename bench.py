@@ -83,6 +83,8 @@ class Ours:
     def __init__(self, folder: str, task: str, settings: Settings) -> None:
         self.model = checkpoint.load(folder, device=settings.device, dtype=settings.weights(task))
         self.model.checkpoint_activations = settings.checkpoint_activations
+        if task != "train":
+            self.model.lay_out_for_decoding()  # as python model.py does
         if settings.compile:
             for block in self.model.layers:
                 block.compile()

@@ -229,6 +229,19 @@ def test_a_full_cache_says_so():
 # generate and sample
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_layout_for_decoding_changes_strides_and_nothing_else(shape):
+    model, usual, ids = make(**SHAPES[shape]), make(**SHAPES[shape]), random_ids(2, 20)
+    assert model.lay_out_for_decoding() is model and model.lay_out_for_decoding() is model  # twice does no harm
+    for (name, weight), (other, expected) in zip(model.named_parameters(), usual.named_parameters()):
+        assert name == other and torch.equal(weight, expected)
+        by_columns = weight.dim() == 2 and not name.startswith("embed_tokens")
+        assert weight.stride() == (expected.T.contiguous().T.stride() if by_columns else expected.stride())
+    assert (model.lm_head.weight is model.embed_tokens.weight) == (shape == "tied")
+    torch.testing.assert_close(model(ids), usual(ids), rtol=0, atol=1e-5)
+    assert torch.equal(model.generate(ids, 20), usual.generate(ids, 20))
+
+
 @pytest.mark.parametrize("method", ["none", "linear"])
 def test_generate_equals_greedy_without_a_cache(method):
     model, ids = make(n_kv_head=2, **METHODS[method]), random_ids(3, 20)

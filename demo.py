@@ -308,7 +308,7 @@ def draw(rows: list[dict], window: int, file: Path) -> None:
     eval_ppl.save_figure(figure, file)
 
 
-def draw_steps(rows: list[dict], long: int, file: Path) -> None:
+def draw_steps(rows: list[dict], window: int, long: int, file: Path) -> None:
     """Two panels over fine-tuning steps, as the paper's tables 3 and 4: perplexity at the long window, and k_max."""
     figure, (left, right) = eval_ppl.new_figure(2, 5.0)
     curves = {
@@ -319,7 +319,7 @@ def draw_steps(rows: list[dict], long: int, file: Path) -> None:
     ppl = [(name, long, {n: row["ppl"][str(long)] for n, row in curve.items()}) for name, curve in curves.items()]
     reach = [(name, long, {n: row["k_max"] for n, row in curve.items()}) for name, curve in curves.items()]
     eval_ppl.draw_over_steps(left, ppl)
-    passkey.draw_over_steps(right, reach)
+    passkey.draw_over_steps(right, reach, [{"original_window": window}])
     eval_ppl.save_figure(figure, file)
 
 
@@ -334,7 +334,7 @@ def main(argv: list[str] | None = None) -> None:
         window, long = config.original_window, checkpoint.extend(config, args.scale, "linear").block_size
         folder = out if seed == args.seeds[0] else out / f"seed-{seed}"
         draw(rows, window, folder / "demo.png")
-        draw_steps(rows, long, folder / "demo_steps.png")
+        draw_steps(rows, window, long, folder / "demo_steps.png")
         sentences = summary(rows, window, long)
         checkpoint.write_json(folder / "demo.json", {
             "seed": seed, "window": window, "long": long, "rows": rows, "summary": sentences,

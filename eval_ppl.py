@@ -422,7 +422,8 @@ def open_checkpoint(args: argparse.Namespace, name: str) -> tuple[LLaMA, data.To
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = evaluation_parser(__doc__)
     add = parser.add_argument
-    add("--data", nargs="+", help="files or folders of .txt/.md/.py, .jsonl or .parquet; default: Python's library")
+    add("--data", nargs="+", help="files or folders of .txt/.md/.py, .jsonl or .parquet, hub data sets as "
+        "hf:owner/name,split=test; default: Python's library")  # fmt: skip
     add("--split", choices=("train", "val", "all"), help="which documents; val: those that train.py holds out; "
         "default: all of --data, val of Python's library")  # fmt: skip
     add("--windows", nargs="+", help="tokens, as 256,512,1024; default: the original window and its doublings")

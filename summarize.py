@@ -54,7 +54,7 @@ def write(
     cache = KVCache(model.config, len(ids), ids.size(1) + max_new_tokens, device, model.lm_head.weight.dtype)
     texts: list[list[int]] = [[] for _ in seeds]
     for _ in range(max_new_tokens):
-        logits = model.lm_head(model.hidden(ids, cache)[:, -1]).float()
+        logits = model.lm_head(model.hidden(ids, cache, last=True)[:, 0]).float()
         drawn = [sample(row[None], temperature, top_p, g) for row, g in zip(logits, generators)]
         ids = torch.stack(drawn)  # (B, 1)
         for text, token in zip(texts, ids.flatten().tolist()):
@@ -233,6 +233,7 @@ def main(argv: list[str] | None = None) -> None:
         folder = Path(name) if Path(name).is_dir() else Path("out", Path(name).name.split("@")[0])
         path = Path(args.out or folder / "summaries.jsonl")
         model, tokenizer = open_checkpoint(args, name)
+        model.lay_out_for_decoding()
         texts = summarize(model, tokenizer, reports, numbers, max_input, args, path, desc=name)
         config = model.config
         results.append({

@@ -170,7 +170,7 @@ class Speaker:
         self.lm_head = lambda steps: 1e4 * torch.nn.functional.one_hot(steps, 10).float()
         self.lm_head.weight = torch.zeros(1)
 
-    def hidden(self, ids, cache):
+    def hidden(self, ids, cache, last):
         self.asked.append(ids.tolist())
         return self.lines[:, len(self.asked) - 1 : len(self.asked)]
 

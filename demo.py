@@ -318,8 +318,9 @@ def draw_steps(rows: list[dict], window: int, long: int, file: Path) -> None:
     curves = {name: curve for name, curve in curves.items() if len(curve) > 1}
     ppl = [(name, long, {n: row["ppl"][str(long)] for n, row in curve.items()}) for name, curve in curves.items()]
     reach = [(name, long, {n: row["k_max"] for n, row in curve.items()}) for name, curve in curves.items()]
-    eval_ppl.draw_over_steps(left, ppl)
-    passkey.draw_over_steps(right, reach, [{"original_window": window}])
+    # in the colours of `draw`, where two other lines come first
+    eval_ppl.draw_over_steps(left, ppl, first_style=2)
+    passkey.draw_over_steps(right, reach, [{"original_window": window}], first_style=2)
     eval_ppl.save_figure(figure, file)
 
 

@@ -252,12 +252,12 @@ def draw(axis, results: list[dict]) -> None:
     axis.legend(fontsize=8)
 
 
-def lines_over_steps(axis, rows: list[tuple[str, int, dict]], value: str) -> None:
+def lines_over_steps(axis, rows: list[tuple[str, int, dict]], value: str, first_style: int = 0) -> None:
     """A line for each row of `over_steps`, a colour for each run, a marker for each window; value: what is drawn."""
     names, windows = (list(dict.fromkeys(column)) for column in list(zip(*rows))[:2])
     several = len(windows) > 1
     for name, window, points in rows:
-        i, j = names.index(name), windows.index(window)
+        i, j = first_style + names.index(name), windows.index(window)
         shape = style(j if several else i)
         how = style(i if len(names) > 1 else j) | {key: shape[key] for key in ("marker", "linestyle")}
         axis.plot(*zip(*sorted(points.items())), label=f"{name}, {window:,} tokens" if several else name, **how)
@@ -275,9 +275,9 @@ def lines_over_steps(axis, rows: list[tuple[str, int, dict]], value: str) -> Non
     axis.grid(color="0.92")
 
 
-def draw_over_steps(axis, rows: list[tuple[str, int, dict]]) -> None:
+def draw_over_steps(axis, rows: list[tuple[str, int, dict]], first_style: int = 0) -> None:
     """Perplexity over fine-tuning steps, a line for each row of `over_steps`."""
-    lines_over_steps(axis, rows, "perplexity")
+    lines_over_steps(axis, rows, "perplexity", first_style)
     scale_perplexity(axis, [value for *_, points in rows for value in points.values()])
     axis.set_title("Perplexity over steps (paper: table 3)")
     legend_below(axis)

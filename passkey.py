@@ -136,9 +136,11 @@ def draw_curves(axis, results: list[dict]) -> None:
     axis.legend(fontsize=8, loc="upper right")  # above the lines
 
 
-def draw_over_steps(axis, rows: list[tuple[str, int, dict]], results: list[dict] = ()) -> None:
+def draw_over_steps(
+    axis, rows: list[tuple[str, int, dict]], results: list[dict] = (), first_style: int = 0
+) -> None:
     """k_max over fine-tuning steps, a line for each row of `over_steps`; a line at the original window of results."""
-    lines_over_steps(axis, rows, "k_max")
+    lines_over_steps(axis, rows, "k_max", first_style)
     mark_original(axis, results, upright=False)
     longest = max(length for _, length, _ in rows)
     axis.set(ylim=(-0.02 * longest, 1.05 * longest), title="Passkey reach over steps (paper: table 4)")

@@ -25,13 +25,15 @@ import checkpoint
 import data
 import eval_ppl
 import model
+import parallel
 import passkey
 import rope
 import sequences
+import tokenizer
 import train
 
 MODEL_CODE = (rope, model)
-DATA_CODE = (data, sequences)
+DATA_CODE = (data, sequences, tokenizer, checkpoint)
 METHODS = {"PI": "linear", "direct": "none", "NTK": "ntk", "YaRN": "yarn"}  # name in the table: --rope
 
 
@@ -43,7 +45,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", default="out/demo", help="the folder for everything")
     add("--scale", type=float, default=2.0, help="L'/L: the window asked for over the original one")
     add("--base_steps", type=int, help="pre-training steps; default: train.py's default")
-    add("--steps", default="50,100,250", help="look at the fine-tunes after these steps; the last one ends them")
+    add("--steps", default="100,200,400", help="look at the fine-tunes after these steps; the last one ends them")
     add("--all", action="store_true", help="fine-tune with NTK and YaRN too")
     add("--distances", type=int, default=32, help="passkey: values of k")
     add("--tries", type=int, default=10, help="passkey: prompts for each k")
@@ -113,7 +115,7 @@ def launch(flags: list[str], device: str) -> None:
 
 def trained(folder: Path, flags: list[str], parent: dict, title: str, device: str) -> dict:
     """A run of train.py into folder: the settings that made it. An interrupted one goes on, a stale one is redone."""
-    settings = {"flags": flags, "parent": parent, "code": code_of(train, *DATA_CODE, *MODEL_CODE)}
+    settings = {"flags": flags, "parent": parent, "code": code_of(train, parallel, *DATA_CODE, *MODEL_CODE)}
     begun = folder / "settings.json"  # says whose half-finished run this is
 
     def work() -> dict:

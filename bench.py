@@ -344,8 +344,8 @@ def compare(task: str, window: int, times: dict, memory: dict[str, int], setting
         speed = tokens / statistics.median(times[side])
         span = dict(min=tokens / max(times[side]), max=tokens / min(times[side]))
         row[side] = {"tokens_per_second": speed, **span, "memory": memory[side], "seconds": times[side]}
-        if peak and task != "decode":  # one token at a time waits for memory, not for arithmetic
-            flops = cost.flops_per_token(settings.config, window, task == "train")
+        if peak and task == "train":  # prefill leaves parts out, decoding waits for memory, not for arithmetic
+            flops = cost.flops_per_token(settings.config, window)
             row[side]["mfu"] = flops * speed / peak
     ours, theirs = (row[side] for side in SIDES)
     pairs = [b / a for a, b in zip(ours["seconds"], theirs["seconds"])]

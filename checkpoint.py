@@ -345,10 +345,10 @@ def _read(path: str | Path, found: dict[str, Stored]) -> Iterator[tuple[str, tor
         yield name, tensor
 
 
-def stored_weights(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
+def stored_weights(path: str | Path, **flags) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and tensor, as stored, of each weight of the model at path; a part of a tensor that is not looked at is
-    not read from the disk. ValueError as `load`."""
-    return _read(path, _open(path)[1])
+    not read from the disk. flags: scale, rope and original_window, as `load` takes them. ValueError as there."""
+    return _read(path, _open(path, **flags)[1])
 
 
 def load(
@@ -501,7 +501,8 @@ def device_and_dtype(args: argparse.Namespace) -> tuple[torch.device, torch.dtyp
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device} can't be used here: {str(error).splitlines()[0]}") from None
     if args.dtype == "auto":
-        return device, torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return device, torch.bfloat16 if has_it else torch.float32
     return device, getattr(torch, args.dtype)
 
 

@@ -51,12 +51,13 @@ def device_memory(device: torch.device) -> float:
 
 def memory(
     config: LLaMAConfig, tokens: int, *, processes: int = 1, dist: str = "ddp", dtype: torch.dtype = torch.float32,
-    checkpoint_activations: str = "none", device_type: str = "cpu",
+    checkpoint_activations: str = "none", device_type: str = "cpu", micro_batches: int = 1,
 ) -> dict[str, float]:  # fmt: skip
     """Bytes on each device in a training step of AdamW: {"weights", "optimizer", "gradients", "activations", "loss",
     "peak"}.
 
-    tokens: of one micro batch.  dist: "fsdp" shares weights, gradients and moments out among the processes; then all
+    tokens: of one micro batch.  micro_batches: of a step, on one process.
+    dist: "fsdp" shares weights, gradients and moments out among the processes; then all
     is computed in dtype. With "ddp" weights are float32, and autocast makes a copy of each matrix in dtype.
     The peak is not the sum: gradients come as activations go. CUDA's context and the allocator's gaps (1 to 2 GB)
     are not in it.
@@ -84,8 +85,11 @@ def memory(
     again = tokens * block if checkpoint_activations != "none" else 0  # one block, computed again
     logits = min(tokens * config.vocab_size, LOGITS.get(device_type, 2**24)) * (4 if b == 4 else 4 + 2 * b)
     loss = logits + head * (4 if b == 4 else 4 + b) + tokens * C * b  # and the gradients of the two that meet
-    # at the loss all activations are there and no gradient but the head's; at the end it is the other way round
-    peak = 8 * P / shards + weights + max(activations + loss, activations + again + 4 * head, gradients + again)
+    # at the loss all activations are there and no gradient but the head's; at the end it is the other way round. From
+    # the second micro batch on, and in DDP's buckets, all gradients are there all the time
+    held = gradients if micro_batches > 1 or dist == "ddp" and processes > 1 else 0
+    most = max(activations + loss + held, activations + again + 4 * head + held, gradients + again)
+    peak = 8 * P / shards + weights + most
     return {"weights": weights, "optimizer": 8 * P / shards, "gradients": gradients,
             "activations": activations + again, "loss": loss, "peak": peak}  # fmt: skip
 

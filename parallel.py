@@ -132,7 +132,7 @@ def save_state(out: Path, step: int, model: torch.nn.Module, optimizer: torch.op
     barrier()
     weights, moments = get_state_dict(model, optimizer)
     try:
-        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary, no_dist=not dist.is_initialized())
+        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary)
     except dcp.api.CheckpointException as error:  # no Exception, and many lines
         if rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -160,7 +160,7 @@ def load_state(state: Path, model: torch.nn.Module, optimizer: torch.optim.Optim
     ValueError if it is another model's."""
     weights, moments = get_state_dict(model, optimizer)
     try:
-        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=state, no_dist=not dist.is_initialized())
+        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=state)
     except (dcp.api.CheckpointException, RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[-300:]
         raise ValueError(

@@ -241,9 +241,13 @@ def _prompt_of(tokenizer: Tokenizer, size: int, header: bool, rng: np.random.Gen
     room = size - len(_answered_prompt(tokenizer, "12345", *[_cut_filler(tokenizer, 0)] * 2, header))
     if room < 0:
         return None
-    after = int(rng.integers(room + 1))
+    after, key = int(rng.integers(room + 1)), random_key(rng)
+    room = size - len(_answered_prompt(tokenizer, key, *[_cut_filler(tokenizer, 0)] * 2, header))  # keys may differ
+    if room < 0:
+        return None
+    after = min(after, room)
     filler = _cut_filler(tokenizer, room - after), _cut_filler(tokenizer, after)
-    return _answered_prompt(tokenizer, random_key(rng), *filler, header)
+    return _answered_prompt(tokenizer, key, *filler, header)
 
 
 def _dense_passkeys(corpus: Corpus, tokenizer: Tokenizer, size: int, rng: np.random.Generator) -> np.ndarray:

@@ -112,7 +112,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--world_size", type=int, help="with --plan: the number of processes; default: torchrun's, or 1")
     add("--device_memory", type=float, help="with --plan: GB of a GPU that isn't here; default: this device's")
     args = parser.parse_args(argv)
-    extends = args.scale or args.rope
+    extends = args.scale is not None or args.rope is not None
     if args.resume:
         if not args.out:
             parser.error("--resume needs --out, the folder of the run to go on with")
@@ -135,6 +135,8 @@ def check(args: argparse.Namespace, config: LLaMAConfig, world: int) -> None:
     """Fill in the recipe, and refuse what can't be run."""
     for name, value in recipe(config, args.init == "scratch" and not args.scale).items():
         if getattr(args, name) is None:
+            if name == "batch_size" and config.n_params <= 20e6:  # as many of both parts for each process
+                value = -(-value // (2 * world)) * 2 * world
             setattr(args, name, value)
     if args.micro_batch_size is None:
         args.micro_batch_size = max(1, 16384 // config.block_size)
@@ -225,7 +227,8 @@ def plan(args: argparse.Namespace) -> str:
     T, share = config.block_size, args.batch_size // world
     micro = min(args.micro_batch_size, share)
     items = cost.memory(config, micro * T, processes=world, dist=engine, dtype=dtype, device_type=kind,
-                        checkpoint_activations=args.checkpoint_activations)  # fmt: skip
+                        checkpoint_activations=args.checkpoint_activations,
+                        micro_batches=-(-share // micro))  # fmt: skip
     flops = args.max_iters * step_flops(args, config)
     rope = f", by rope {config.rope!r} at scale {config.scale:g}" if config.rope != "none" else ""
     hours = ", ".join(f"{flops / (0.4 * cost.PEAK_FLOPS[name]) / 3600:,.1f} {name} hours" for name in ("A100", "H100"))
@@ -254,11 +257,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.plan:
         print(plan(args))
         return
+    if "RANK" in os.environ and args.device in ("auto", "cuda") and torch.cuda.is_available():  # torchrun
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)  # first, or every process would open the first GPU too
     device, dtype = checkpoint.device_and_dtype(args)
-    if "RANK" in os.environ:  # torchrun
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
+    if "RANK" in os.environ:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         train(args, device, dtype)
@@ -272,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
         if not (processes() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))):
             raise
         print(f"train.py: error: process {rank()} lost another one; start all again, with --resume, to go on from the "
-              "last checkpoint", file=sys.stderr)  # fmt: skip
+              f"last checkpoint ({str(error).splitlines()[0]})", file=sys.stderr)  # fmt: skip
         sys.exit(1)
     finally:
         if dist.is_initialized():
@@ -296,7 +299,7 @@ def build(args: argparse.Namespace, config: LLaMAConfig, device: torch.device, d
     flags = dict(scale=args.scale, rope=args.rope, original_window=args.original_window)
     whole = LLaMA(config) if args.init == "scratch" else None  # from one seed, the same on every process
     if dist.is_initialized() and args.dist == "fsdp":
-        weights = whole.named_parameters() if whole else checkpoint.stored_weights(args.init)
+        weights = whole.named_parameters() if whole else checkpoint.stored_weights(args.init, **flags)
         model = sharded(config, weights, device, dtype)
     else:
         model = whole.to(device) if whole else checkpoint.load(args.init, **flags, device=device, dtype=torch.float32)
@@ -378,9 +381,11 @@ def train(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
         lines = [line for line in lines if line.endswith("\n") and json.loads(line)["iter"] <= start]
         with checkpoint.replacing(log_file) as temporary:
             temporary.write_text("".join(lines))
-        tokens = min(args.micro_batch_size, args.batch_size // world) * T
-        needs = cost.memory(config, tokens, processes=world, dist=args.dist, dtype=dtype, device_type=device.type,
-                            checkpoint_activations=args.checkpoint_activations)  # fmt: skip
+        share = args.batch_size // world
+        micro = min(args.micro_batch_size, share)
+        needs = cost.memory(config, micro * T, processes=world, dist=args.dist, dtype=dtype, device_type=device.type,
+                            checkpoint_activations=args.checkpoint_activations,
+                            micro_batches=-(-share // micro))  # fmt: skip
         window = f"window {config.original_window} -> {T} by rope {config.rope!r}"
         print(
             f"{args.init} -> {out}: {config.n_params / 1e6:,.2f} M parameters, "
@@ -475,9 +480,9 @@ def train(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
                 group["lr"] = lr_at(step, args)
             total = torch.zeros((), device=device)
             for i, (x, y) in enumerate(made):
-                last = i == len(made) - 1  # gradients are summed over processes once, with the last micro batch
-                if fsdp:
-                    model.set_requires_gradient_sync(last)
+                # DDP sums gradients over the processes once, with the last micro batch; FSDP with each, so that every
+                # process goes on holding its part of them alone
+                last = i == len(made) - 1
                 with model.no_sync() if world > 1 and not fsdp and not last else nullcontext(), autocast:
                     loss = model(x.to(device, non_blocking=True), y.to(device, non_blocking=True)) * (asked[i] / share)
                     loss.backward()
@@ -493,7 +498,9 @@ def train(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
             if step % args.eval_every == 0 or step == args.max_iters:
                 paused = time.perf_counter()
                 log[-1]["val_loss"] = loss = validate()
-                bar.write(f"step {step}: validation loss {loss:.4f}, perplexity {math.exp(loss):.2f}", sys.stderr)
+                if rank() == 0:
+                    ppl = math.exp(min(loss, 700))
+                    bar.write(f"step {step}: validation loss {loss:.4f}, perplexity {ppl:.2f}", sys.stderr)
                 since += time.perf_counter() - paused
             if step % LOG_EVERY == 0 or step % args.save_every == 0 or step in args.keep:
                 flush(bar)
@@ -502,12 +509,15 @@ def train(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
                 saved = step
             if step in args.keep:
                 save_weights(model, out / f"step-{step}", tokenizer)
+            if not losses:  # just brought to the log: what was saved since is no step's time
+                since = time.perf_counter()
         flush(bar)
         if saved != step:
             save_state(out, step, model, optimizer, kept)
+    save_weights(model, out, tokenizer)
+    barrier()  # who ends first would have the others ended, process 0 while it writes
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    save_weights(model, out, tokenizer)
     if step < args.max_iters:
         if rank() == 0:
             print(f"stopped at step {step}, saved; go on with: python train.py --resume --out {out}", file=sys.stderr)

@@ -7,6 +7,7 @@ its order. train.py's MFU (model FLOPs utilization) and bench.py's come from her
 """
 
 import os
+import re
 
 import torch
 
@@ -39,7 +40,7 @@ def flops_per_token(config: LLaMAConfig, length: int, training: bool = True) -> 
 def peak_flops(device: torch.device) -> float | None:
     """The dense bf16 FLOP/s of a GPU by its data sheet; None for what is not in PEAK_FLOPS, CPUs among it."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    return next((flops for part, flops in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 def device_memory(device: torch.device) -> float:

@@ -1,4 +1,6 @@
-"""train.py: the same losses however the work is cut, interrupted or resumed; the paper's recipe; bad input."""
+"""train.py: the same losses however the work is cut, interrupted or resumed; the paper's recipe; bad input.
+
+Several processes, and what can happen to a run: test_parallel.py."""
 
 import json
 import os
@@ -50,15 +52,11 @@ def losses(rows: list[dict]) -> list[float]:
     return [row["loss"] for row in rows]
 
 
-def script(*flags: str, processes: int = 1, cwd: Path) -> subprocess.CompletedProcess:
-    """The script as a user starts it, under torchrun when there are several processes."""
-    launch = [sys.executable]
-    if processes > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+def script(*flags: str, cwd: Path) -> subprocess.CompletedProcess:
+    """The script as a user starts it."""
+    command = [sys.executable, str(ROOT / "train.py"), *flags]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*launch, str(ROOT / "train.py"), *flags], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
-    )
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -137,31 +135,6 @@ def test_a_longer_schedule_is_resumed_with_the_new_flags(base):
     assert losses(log(out)) == losses(straight)
 
 
-@pytest.mark.parametrize(
-    "flags", [("ddp", 2, "none"), ("ddp", 3, "selective"), ("fsdp", 2, "full"), ("fsdp", 3, "none")]
-)
-def test_several_processes_give_the_losses_of_one(base, flags):
-    engine, processes, activations = flags
-    out = Path(f"{engine}-{processes}").resolve()
-    more = ["--micro_batch_size", "1", "--dist", engine, "--checkpoint_activations", activations]
-    done = script(*QUICK, *more, "--max_iters", "8", "--out", str(out), processes=processes, cwd=Path.cwd())
-    assert done.returncode == 0, done.stderr
-    assert losses(log(out)) == pytest.approx(losses(log(base)), abs=5e-5)
-    ours, theirs = load_file(out / "model.safetensors"), load_file(base / "model.safetensors")
-    # AdamW's first steps divide a gradient by its own size: rounding of the tiniest ones shows, but no more than that
-    assert max((ours[name] - theirs[name]).abs().max().item() for name in theirs) < 2e-3
-
-
-def test_a_run_on_two_processes_goes_on_with_one(base):
-    out = Path("two-then-one").resolve()
-    first = script(*QUICK, "--micro_batch_size", "1", "--dist", "fsdp", "--max_iters", "8", "--save_every", "4", "--out", str(out),
-                   processes=2, cwd=Path.cwd())  # fmt: skip
-    assert first.returncode == 0, first.stderr
-    (out / "trainer/step-8").rename(out / "gone")
-    train.main(["--resume", "--out", str(out)])
-    assert losses(log(out)) == pytest.approx(losses(log(base)), abs=5e-5)
-
-
 def test_extension_is_written_where_every_tool_reads_it(base):
     out = Path("linear-2")
     run(out, "--init", str(base), "--scale", "2", "--max_iters", "2", "--save_at", "0,1")
@@ -196,8 +169,8 @@ def test_no_passkey_beyond_the_original_window_in_fine_tuning(base, monkeypatch)
     monkeypatch.setattr(sequences, "sample_batch", spy)
     # rope.py's beginning, which speaks of no passkey
     monkeypatch.setattr(sequences, "_text", lambda corpus, n, rng: corpus.tokens[:n])
-    train.main(["--data", *TEXT, "--device", "cpu", "--init", str(base), "--scale", "2", "--out", "mix", "--max_iters", "2",
-                "--micro_batch_size", "2", "--eval_every", "9"])  # fmt: skip
+    train.main(["--data", *TEXT, "--device", "cpu", "--init", str(base), "--scale", "2", "--out", "mix",
+                "--max_iters", "2", "--micro_batch_size", "2", "--eval_every", "9"])  # fmt: skip
     short = [found for length, _, found in drawn if length <= 256]
     long = [found for length, _, found in drawn if length == 512]
     assert any(short) and long and not any(long)
@@ -266,6 +239,9 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_overwritten(base):
     (["--init", "BASE", "--out", "BASE"], ["--resume", "--overwrite"]),
     (["--init", "BASE", "--scale", "1000", "--data", TEXT[0]], ["tokens", "don't fill"]),
     (["--out", "BASE/config.json/under"], ["config.json"]),
+    (["--init", "BASE", "--summary_field", "summary", "--data", TEXT[0]], [".jsonl"]),
+    (["--summary_field", "summary"], ["--summary_field", "--init"]),
+    (["--plan", "--world_size", "3", "--batch_size", "4"], ["--batch_size 4", "3 processes"]),
 ])  # fmt: skip
 def test_bad_input_is_one_line(base, tmp_path, flags, words):
     flags = [flag.replace("BASE", str(base)) for flag in flags]
@@ -302,3 +278,15 @@ def test_a_tokenizer_that_is_too_large_is_refused(base, tmp_path):
     with pytest.raises(ValueError, match="the tokenizer has 1024 tokens, the model 1000"):
         run(tmp_path / "out", "--init", str(tmp_path / "small"), "--scale", "2")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_plan_reads_no_weights(capsys, monkeypatch):
+    monkeypatch.setattr(checkpoint, "load", None)
+    shape = ["--plan", "--preset", "llama-7b", "--scale", "16", "--world_size", "8", "--device_memory", "80"]
+    train.main([*shape, "--checkpoint_activations", "selective"])
+    text = capsys.readouterr().out
+    for words in ("window 2,048 -> 32,768, by rope 'linear' at scale 16", "64 x 32,768: 2,097,152,000 tokens",
+                  "each of 8 devices: fsdp, bfloat16, 1 x 32,768", "80.0 GB  fits"):  # fmt: skip
+        assert words in text, text
+    train.main(shape)
+    assert "does not fit" in capsys.readouterr().out

@@ -420,7 +420,7 @@ def train(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
 
     @torch.no_grad()
     def validate() -> float:
-        """The mean loss over 64 windows of validation data, always the same ones."""
+        """The mean loss over up to 64 windows of validation data, the same at every look of a number of processes."""
         n = max(1, min(64, 65536 // T) // world)
         model.eval()
         total = torch.zeros((), device=device)

@@ -480,6 +480,11 @@ def add_extension_flags(parser: argparse.ArgumentParser) -> None:
     add("--original_window", type=int, help="the window of pre-training, where the checkpoint doesn't tell")
 
 
+def extension(args: argparse.Namespace) -> dict:
+    """What the flags of `add_extension_flags` say, as `read_config`, `load` and `stored_weights` take it."""
+    return dict(scale=args.scale, rope=args.rope, original_window=args.original_window)
+
+
 def add_model_flags(parser: argparse.ArgumentParser, init: str | None = None) -> None:
     """--init, --scale, --rope, --original_window, --device, --dtype, --seed."""
     add = parser.add_argument
@@ -509,8 +514,7 @@ def device_and_dtype(args: argparse.Namespace) -> tuple[torch.device, torch.dtyp
 def load_from_flags(args: argparse.Namespace) -> LLaMA:
     """The model that the flags of `add_model_flags` ask for, ready to evaluate."""
     device, dtype = device_and_dtype(args)
-    flags = dict(scale=args.scale, rope=args.rope, original_window=args.original_window)
-    return load(args.init, **flags, device=device, dtype=dtype).eval()
+    return load(args.init, **extension(args), device=device, dtype=dtype).eval()
 
 
 def _fail(message: object) -> int:
@@ -576,7 +580,7 @@ def main() -> None:
     add("--max_shard_size", default="5GB", help="of each file of DST")
     args = parser.parse_args()
     limit, dtype = _bytes(args.max_shard_size), None if args.dtype == "auto" else getattr(torch, args.dtype)
-    folder, flags = resolve(args.src), dict(scale=args.scale, rope=args.rope, original_window=args.original_window)
+    folder, flags = resolve(args.src), extension(args)
     if args.dst and Path(args.dst).resolve() == folder.resolve():
         raise ValueError(f"{args.dst} is the checkpoint itself: write to another folder")
     if args.dst:

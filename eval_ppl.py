@@ -363,6 +363,11 @@ def steps_of(names: list[str]) -> list[int]:
     return steps if len(steps) == len(names) and len(set(steps)) > 1 else []
 
 
+def results_folder(name: str) -> Path:
+    """Where the results of a checkpoint go: into its folder; out/NAME for a hub id, whose files lie in a cache."""
+    return Path(name) if Path(name).is_dir() else Path("out", Path(name).name.split("@")[0])
+
+
 def prepare(args: argparse.Namespace, stem: str) -> list[LLaMAConfig]:
     """Split --init, choose --json and --plot, and read the configs: what can be refused is refused before the work."""
     args.init = [name for group in args.init for name in group.split(",") if name]
@@ -379,9 +384,7 @@ def prepare(args: argparse.Namespace, stem: str) -> list[LLaMAConfig]:
                 configs.append(checkpoint.read_config(name, args.original_window, scale=args.scale, rope=args.rope))
         except ValueError as error:
             raise ValueError(error if name in str(error) else f"{name}: {error}") from None  # several: which one is it
-    folder = Path(args.init[0])
-    if not folder.is_dir():  # a hub id: its files lie in a cache, where nobody looks
-        folder = Path("out", folder.name.split("@")[0])
+    folder = results_folder(args.init[0])
     if len(args.init) > 1:
         folder = folder.parent
     if args.steps:  # into RUN, whose own results have another name; of several runs beside the first

@@ -310,6 +310,7 @@ def _repeats(corpus: Corpus, tokenizer: Tokenizer, size: int, rng: np.random.Gen
 
 # ---------------------------------------------------------------- reports and their summaries
 
+PAPER_INPUT = 15_000  # tokens of a document that the paper's models read
 REPORT_PROMPT = "Read the following report and write a summary of it.\n\nReport:\n{document}\n\nSummary:\n"
 
 

@@ -29,13 +29,12 @@ from tqdm import tqdm
 import checkpoint
 import data
 import sequences
-from eval_ppl import BATCH_TOKENS, Parser, check_window, open_checkpoint, prepare, table
+from eval_ppl import BATCH_TOKENS, Parser, check_window, open_checkpoint, prepare, results_folder, table
 from model import KVCache, LLaMA, LLaMAConfig, sample
 from tokenizer import Tokenizer
 
 PAPER = ["the paper's figure: LLaMA 7B to 16384, GovReport", "linear", "8", "972"]
 PAPER_ROUGE = {"rouge1": "60.0", "rouge2": "28.0", "rougeL": "29.5"}
-PAPER_INPUT = 15_000  # tokens of a document that the paper's models read
 
 # ---- the texts ---------------------------------------------------------------------------------------------------
 
@@ -180,7 +179,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--document_field", default="document", help="the name that --data has for documents")
     add("--summary_field", default="summary", help="the name that --data has for summaries")
     add("--max_input", type=int, help="cut each document to its first N tokens; default: what prompt and "
-        f"--max_new_tokens leave of the window, at most {PAPER_INPUT}")  # fmt: skip
+        f"--max_new_tokens leave of the window, at most {sequences.PAPER_INPUT}")  # fmt: skip
     add("--max_new_tokens", type=int, default=1000, help="tokens of a summary at most")
     add("--temperature", type=float, default=0.5, help="0: always the likeliest token; 1: drawn as the model says")
     add("--top_p", type=float, default=0.95, help="draw among the likeliest tokens that make up this probability")
@@ -209,7 +208,7 @@ def check(args: argparse.Namespace) -> None:
 def input_tokens(name: str, config: LLaMAConfig, args: argparse.Namespace) -> int:
     """Tokens that a document is cut to. ValueError if they don't fit the window with the prompt and the summary."""
     rest = sequences.report_frame_tokens(checkpoint.load_tokenizer(name, config)) + args.max_new_tokens
-    max_input = args.max_input or min(PAPER_INPUT, max(1, config.block_size - rest))
+    max_input = args.max_input or min(sequences.PAPER_INPUT, max(1, config.block_size - rest))
     check_window(name, config, max_input + rest, "document, prompt and --max_new_tokens:")
     return max_input
 
@@ -230,8 +229,7 @@ def main(argv: list[str] | None = None) -> None:
 
     results = []
     for name, max_input in zip(args.init, inputs):
-        folder = Path(name) if Path(name).is_dir() else Path("out", Path(name).name.split("@")[0])
-        path = Path(args.out or folder / "summaries.jsonl")
+        path = Path(args.out or results_folder(name) / "summaries.jsonl")
         model, tokenizer = open_checkpoint(args, name)
         model.lay_out_for_decoding()
         texts = summarize(model, tokenizer, reports, numbers, max_input, args, path, desc=name)

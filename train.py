@@ -81,8 +81,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--summary_field", help="learn to write summaries: rows of --data (.jsonl, .parquet) have a document in "
         "--document_field, its summary here, and the loss is on the summary alone; every twentieth is for validation")
     add("--document_field", default="document", help="with --summary_field")
-    add("--max_input", type=int, default=15000, help="with --summary_field: cut documents to so many tokens, and "
-        "further where the window needs it")
+    add("--max_input", type=int, default=sequences.PAPER_INPUT,
+        help="with --summary_field: cut documents to so many tokens, and further where the window needs it")
     add("--out", help="the folder to write; default: out/base, or out/METHOD-SCALE when extending")
     add("--resume", action="store_true", help="go on with the run in --out, with its flags unless given anew")
     add("--overwrite", action="store_true", help="start anew in an --out that holds a run")
@@ -211,11 +211,10 @@ def batch_parts(args: argparse.Namespace, config: LLaMAConfig, step: int = 0) ->
 
 def plan(args: argparse.Namespace) -> str:
     """What the run takes, before any weight is read: steps, tokens, FLOPs, and each device's memory."""
-    flags = dict(scale=args.scale, rope=args.rope, original_window=args.original_window)
     if args.init == "scratch":  # the preset stands for a checkpoint of its shape
         config = checkpoint.extend(LLaMAConfig.preset(args.preset), args.scale, args.rope)
     else:
-        config = checkpoint.read_config(args.init, **flags)
+        config = checkpoint.read_config(args.init, **checkpoint.extension(args))
     world = args.world_size or int(os.environ.get("WORLD_SIZE", 1))
     check(args, config, world)
     device, dtype = checkpoint.device_and_dtype(args)
@@ -224,11 +223,8 @@ def plan(args: argparse.Namespace) -> str:
         there, kind = args.device_memory * 1e9, "cuda"
         dtype = torch.float32 if args.dtype == "float32" else torch.bfloat16
     engine = args.dist or (choose_dist(config, there)[0] if world > 1 else "ddp")
-    T, share = config.block_size, args.batch_size // world
-    micro = min(args.micro_batch_size, share)
-    items = cost.memory(config, micro * T, processes=world, dist=engine, dtype=dtype, device_type=kind,
-                        checkpoint_activations=args.checkpoint_activations,
-                        micro_batches=-(-share // micro))  # fmt: skip
+    T = config.block_size
+    micro, items = memory(args, config, world, engine, dtype, kind)
     flops = args.max_iters * step_flops(args, config)
     rope = f", by rope {config.rope!r} at scale {config.scale:g}" if config.rope != "none" else ""
     hours = ", ".join(f"{flops / (0.4 * cost.PEAK_FLOPS[name]) / 3600:,.1f} {name} hours" for name in ("A100", "H100"))
@@ -242,6 +238,18 @@ def plan(args: argparse.Namespace) -> str:
         f"  {'of':12}{cost.size(there):>12}  {cost.verdict(items['peak'], there)}",
     ]
     return "\n".join(lines)
+
+
+def memory(
+    args: argparse.Namespace, config: LLaMAConfig, world: int, engine: str, dtype: torch.dtype, device_type: str
+) -> tuple[int, dict[str, float]]:
+    """Sequences at a time on a process, and the bytes that they take (cost.memory)."""
+    share = args.batch_size // world
+    micro = min(args.micro_batch_size, share)
+    return micro, cost.memory(
+        config, micro * config.block_size, processes=world, dist=engine, dtype=dtype, device_type=device_type,
+        checkpoint_activations=args.checkpoint_activations, micro_batches=-(-share // micro),
+    )  # fmt: skip
 
 
 def step_flops(args: argparse.Namespace, config: LLaMAConfig) -> float:
@@ -285,8 +293,7 @@ def main(argv: list[str] | None = None) -> None:
 def prepare(args: argparse.Namespace) -> tuple[LLaMAConfig, data.Tokenizer]:
     """What to train: its config and its tokenizer."""
     if args.init != "scratch":
-        flags = dict(scale=args.scale, rope=args.rope, original_window=args.original_window)
-        config = checkpoint.read_config(args.init, **flags)
+        config = checkpoint.read_config(args.init, **checkpoint.extension(args))
         return config, checkpoint.load_tokenizer(args.init, config)
     config = LLaMAConfig.preset(args.preset)
     texts = (text for _, text in data.read_documents(args.data, "train"))
@@ -296,9 +303,9 @@ def prepare(args: argparse.Namespace) -> tuple[LLaMAConfig, data.Tokenizer]:
 
 def build(args: argparse.Namespace, config: LLaMAConfig, device: torch.device, dtype: torch.dtype) -> LLaMA:
     """The model with its weights, float32, on this process: whole, or its part of it (--dist fsdp)."""
-    flags = dict(scale=args.scale, rope=args.rope, original_window=args.original_window)
+    flags = checkpoint.extension(args)
     whole = LLaMA(config) if args.init == "scratch" else None  # from one seed, the same on every process
-    if dist.is_initialized() and args.dist == "fsdp":
+    if processes() > 1 and args.dist == "fsdp":
         weights = whole.named_parameters() if whole else checkpoint.stored_weights(args.init, **flags)
         model = sharded(config, weights, device, dtype)
     else:
@@ -381,11 +388,7 @@ def train(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) ->
         lines = [line for line in lines if line.endswith("\n") and json.loads(line)["iter"] <= start]
         with checkpoint.replacing(log_file) as temporary:
             temporary.write_text("".join(lines))
-        share = args.batch_size // world
-        micro = min(args.micro_batch_size, share)
-        needs = cost.memory(config, micro * T, processes=world, dist=args.dist, dtype=dtype, device_type=device.type,
-                            checkpoint_activations=args.checkpoint_activations,
-                            micro_batches=-(-share // micro))  # fmt: skip
+        _, needs = memory(args, config, world, args.dist, dtype, device.type)
         window = f"window {config.original_window} -> {T} by rope {config.rope!r}"
         print(
             f"{args.init} -> {out}: {config.n_params / 1e6:,.2f} M parameters, "

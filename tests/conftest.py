@@ -3,7 +3,9 @@
 import base64
 import io
 import json
+import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,3 +115,19 @@ def tokenizers_by_form(bpe, sentencepiece_folder, tiktoken_folder, llama_json_fo
 @pytest.fixture(scope="session")
 def tok(tokenizers_by_form):
     return tokenizers_by_form["bpe"]
+
+
+# Runs of train.py
+
+
+def log(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """All runs share one folder, and so one tokenized corpus."""
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("runs"))
+    yield
+    os.chdir(before)

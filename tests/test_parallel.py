@@ -18,18 +18,16 @@ import checkpoint
 import data
 import parallel
 import train
+from conftest import log
 from model import LLaMA, LLaMAConfig
 
+pytestmark = pytest.mark.usefixtures("workplace")
 ROOT = Path(__file__).parent.parent
 TEXT = [str(ROOT / name) for name in ("rope.py", "model.py", "checkpoint.py", "data.py", "eval_ppl.py")]
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 QUICK = ["--data", *TEXT, "--batch_size", "6", "--micro_batch_size", "1", "--eval_every", "100", "--device", "cpu",
          "--decay", "constant", "--learning_rate", "1e-3"]  # fmt: skip
-
-
-def log(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 def losses(out: Path) -> list[float]:
@@ -42,15 +40,6 @@ def script(*flags: str, processes: int = 1, **options) -> subprocess.CompletedPr
     launch = [*TORCHRUN, str(processes)] if processes > 1 else [sys.executable]
     command = [*launch, str(ROOT / "train.py"), *flags]
     return subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=300, **options)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def workplace(tmp_path_factory):
-    """All runs share one folder, and so one tokenized corpus."""
-    before = Path.cwd()
-    os.chdir(tmp_path_factory.mktemp("runs"))
-    yield
-    os.chdir(before)
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,10 @@ import checkpoint
 import data
 import sequences
 import train
+from conftest import log
 from model import PRESETS, LLaMA, LLaMAConfig
 
+pytestmark = pytest.mark.usefixtures("workplace")
 ROOT = Path(__file__).parent.parent
 TEXT = [str(ROOT / name) for name in ("rope.py", "model.py", "checkpoint.py", "data.py", "eval_ppl.py")]
 QUICK = [
@@ -44,10 +46,6 @@ def run(out: Path, *flags: str) -> list[dict]:
     return log(out)
 
 
-def log(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
 def losses(rows: list[dict]) -> list[float]:
     return [row["loss"] for row in rows]
 
@@ -57,15 +55,6 @@ def script(*flags: str, cwd: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "train.py"), *flags]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def workplace(tmp_path_factory):
-    """All runs share one folder, and so one tokenized corpus."""
-    before = Path.cwd()
-    os.chdir(tmp_path_factory.mktemp("runs"))
-    yield
-    os.chdir(before)
 
 
 @pytest.fixture(scope="module")

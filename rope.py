@@ -1,22 +1,41 @@
-"""Rotary position embedding (RoPE) with the scale knob: where Position Interpolation happens.
+"""Rotary position embedding (RoPE) and how to rescale it: where Position Interpolation happens.
 
-Read this file first; everything else in the repo carries it around. Then model.py, which uses it.
+The paper is Chen et al. 2023, "Extending Context Window of Large Language Models via Position
+Interpolation" (arXiv 2306.15595). Equations and sections (§) in this repo's comments are the
+paper's.
 
-RoPE turns pair j of every query and key by the angle m * theta_j, where m is the token's position and
-theta_j = theta^(-2j/d) (eq. 1; d is the head dimension). A dot product then depends on the distance of
-two positions alone. Position Interpolation replaces m by m / scale, with scale = L'/L (eq. 4): a model that
-was trained on L positions is shown L' of them squeezed into the range that it knows, instead of positions
-that it has never seen. `--rope` chooses among PI and its rivals, all of which do the same thing here:
-they change the angle per position, `inv_freq`, and nothing else (YaRN also lengthens q and k a little).
+RoPE splits a query or key of d dimensions into d/2 pairs. It turns pair j, for j = 0 ... d/2 - 1,
+by the angle m * theta_j, where m is the token's position and theta_j = theta^(-2j/d) (eq. 1). So
+pair 0 turns fastest and the last pair slowest. (theta without an index is the base, 10,000 in
+LLaMA; the paper calls it c.) The dot product of a query and a key then depends on the distance of
+their positions alone.
 
+A model that was trained on L positions, the original window, has never seen the angles beyond them.
+Position Interpolation (PI) replaces m by m / scale, where scale = L'/L is the extended window over
+the original one (eq. 4). The L' positions then lie between 0 and L, in the range that the model
+knows, but between its whole positions: hence "interpolation". Attention scores are smooth enough
+there (theorem 2.1), and a short fine-tuning does the rest.
+
+PI's rivals change the angles in other ways, but all fit one interface. A method decides how far
+each pair turns per position, `inv_freq` (Hugging Face's name, although it is a frequency). YaRN
+also multiplies cos and sin by `attention_factor`. The method "none" leaves the angles alone: with
+it, scale only makes the window longer.
+
+    T = 32768  # 16 * 2048
     inv_freq, attention_factor = rope_frequencies(head_dim, theta, "linear", scale=16)
     cos, sin = rope_cos_sin(torch.arange(T), inv_freq, attention_factor)
-    q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+    q = apply_rope(q, cos, sin)
+    k = apply_rope(k, cos, sin)
 
-Two layouts. The paper's eq. (1) pairs neighbours (x0, x1), (x2, x3), ..., as Meta's weights do; Hugging
-Face's pair the two halves, (x0, x_{d/2}), (x1, x_{d/2+1}), .... The dot product of q and k does not depend on
-the order of their dimensions, so permuting the output rows of wq and wk alike turns the one into the
-other exactly: the same rotation, seen through another numbering. This repo computes in the second.
+There are two layouts of the pairs in a head. For d = 8, with the pair's number below each
+dimension:
+
+    dimension                x0 x1 x2 x3 x4 x5 x6 x7
+    interleaved (Meta)        0  0  1  1  2  2  3  3      (x_2j, x_2j+1), as in eq. (1)
+    half-split (this repo)    0  1  2  3  0  1  2  3      (x_j, x_j+d/2), as Hugging Face has it
+
+Both give the same attention, because a dot product does not depend on the order of the dimensions.
+To change the layout, the output rows of wq and wk are permuted, once, when weights are loaded.
 """
 
 import math
@@ -28,121 +47,185 @@ from torch import Tensor
 METHODS = ("none", "linear", "ntk", "dynamic", "yarn", "llama3")
 
 
-@lru_cache(maxsize=64)  # every forward pass asks; on a GPU each copy from the CPU would be a wait
+# Cached, because every forward pass asks for it, and each copy from the CPU would make a GPU wait
+@lru_cache(maxsize=64)
 def rope_frequencies(
-    head_dim: int,
-    theta: float,
-    method: str = "linear",
-    scale: float = 1.0,
-    original_window: int = 2048,
-    *,
-    length: int | None = None,
-    beta_fast: float = 32.0,
-    beta_slow: float = 1.0,
-    attention_factor: float | None = None,
-    low_freq_factor: float = 1.0,
-    high_freq_factor: float = 4.0,
-    device: torch.device | str | None = None,
+    head_dim: int, theta: float, method: str = "linear", scale: float = 1.0,
+    original_window: int = 2048, *, length: int | None = None, beta_fast: float = 32.0,
+    beta_slow: float = 1.0, attention_factor: float | None = None, low_freq_factor: float = 1.0,
+    high_freq_factor: float = 4.0, device: torch.device | str | None = None
 ) -> tuple[Tensor, float]:
-    """The angle per position of every pair, and the factor on cos and sin.
+    """Returns inv_freq, (head_dim/2,) float32 radians per position, and attention_factor.
 
-    head_dim: dimension d of one head, even.  theta: RoPE's base, c in the paper.
+    head_dim: dimension d of one head, even.  theta: RoPE's base.
     method:  none     positions left alone
              linear   Position Interpolation: m becomes m / scale, eq. (4)
-             ntk      NTK-aware: theta grows, so that the slowest pair is interpolated and the fastest kept
-             dynamic  the same by the current `length`, and only beyond the original window (Hugging Face's)
-             yarn     slow pairs interpolated, fast ones kept, a ramp between; cos and sin grow a little
-             llama3   Llama 3.1's: as yarn, with another ramp and no factor
-    scale: L'/L, at least 1.  original_window: L, in tokens (dynamic, yarn, llama3).  length: l (dynamic).
-    beta_fast, beta_slow: yarn's ramp, in turns over the original window.
-    attention_factor: yarn's factor on cos and sin; None: 0.1 ln(scale) + 1.
-    low_freq_factor, high_freq_factor: llama3's ramp, likewise.
-    Returns inv_freq (head_dim/2,) float32, in radians per position, and attention_factor. The same arguments get the
-    same tensor: don't write into it.
+             ntk      NTK-aware: a larger theta interpolates the slowest pair and keeps the fastest
+             dynamic  ntk with a factor that grows with `length` beyond the original window
+             yarn     slow pairs interpolated, fast ones kept, a ramp between; longer cos and sin
+             llama3   Llama 3.1's: as yarn, with another ramp, and cos and sin as they are
+    scale: L'/L, at least 1 except with "none".
+    original_window: L, in tokens (dynamic, yarn, llama3).
+    length: the current length in tokens (dynamic).
+    beta_fast, beta_slow: yarn keeps pairs that turn over beta_fast times within that window,
+        and interpolates those that turn fewer than beta_slow times.
+    attention_factor: yarn's factor on cos and sin; None means 0.1 ln(scale) + 1. Others ignore it.
+    low_freq_factor, high_freq_factor: the same two numbers for llama3, the smaller one first.
+
+    The result is cached: do not write into it.
     Raises ValueError for an unknown method or a value out of range.
     """
+    check_rope(head_dim, theta, method, scale, original_window)
+    inv_freq = powers(head_dim, theta)  # theta_j of eq. (1)
+    factor = 1.0  # on cos and sin
+    if method == "linear":
+        # Position Interpolation, eq. (4): (m / scale) * theta_j = m * (theta_j / scale)
+        inv_freq = inv_freq / scale
+    elif method == "ntk":
+        inv_freq = powers(head_dim, ntk_theta(head_dim, theta, scale))
+    elif method == "dynamic":
+        # Hugging Face's formula: current_scale is 1 up to the original window L, and then grows by
+        # `scale` with every L tokens more. So at scale * L tokens it is larger than scale.
+        ratio = max(length or 0, original_window) / original_window
+        current_scale = scale * ratio - (scale - 1)
+        inv_freq = powers(head_dim, ntk_theta(head_dim, theta, current_scale))
+    elif method == "yarn":
+        keep = yarn_ramp(head_dim, theta, original_window, beta_fast, beta_slow)
+        inv_freq = keep * inv_freq + (1 - keep) * inv_freq / scale
+        factor = yarn_attention_factor(scale, attention_factor)
+    elif method == "llama3":
+        keep = llama3_ramp(inv_freq, original_window, low_freq_factor, high_freq_factor)
+        inv_freq = keep * inv_freq + (1 - keep) * inv_freq / scale
+    return inv_freq.to(torch.float32).to(device), factor
+
+
+def rope_cos_sin(
+    positions: Tensor, inv_freq: Tensor, attention_factor: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of every angle: positions (...,), inv_freq (D/2,) -> (..., D/2) float32 each.
+
+    Positions may be fractional and start anywhere. They and the angles stay float32 whatever the
+    model's dtype, because in bfloat16 the 32,768 positions of a window would collapse to about a
+    thousand values.
+    """
+    # A plain multiplication, because autocast would run a matrix product in bfloat16
+    angles = positions.to(torch.float32).unsqueeze(-1) * inv_freq.to(torch.float32)  # (..., D/2)
+    return angles.cos() * attention_factor, angles.sin() * attention_factor
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (..., T, D) with each pair (x_j, x_{j + D/2}) turned by its angle; cos, sin (..., T, D/2).
+
+    The result has x's dtype, whatever that of cos and sin.
+    """
+    x1, x2 = x.chunk(2, dim=-1)  # (..., T, D/2) each
+    turned = torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)  # (..., T, D)
+    return turned.to(x.dtype)
+
+
+# ---- the parts of the methods --------------------------------------------------------------------
+
+
+def powers(head_dim: int, base: float) -> Tensor:
+    """theta_j of eq. (1): base^(-2j/d) for j = 0 ... d/2 - 1, (head_dim/2,).
+
+    float64, so that the result after rounding to float32 is the same on every device.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim
+    return base**-exponents
+
+
+def ntk_theta(head_dim: int, theta: float, scale: float) -> float:
+    """The base with which the slowest pair turns by theta_j / scale, and the fastest as before."""
+    # The slowest pair, j = d/2 - 1, turns by theta^(-(d-2)/d). With theta * scale^(d/(d-2)) in
+    # place of theta that is divided by scale. Pair 0 turns by theta^0 = 1 whatever theta is.
+    if head_dim == 2:
+        return theta * scale  # the only pair is pair 0
+    return theta * scale ** (head_dim / (head_dim - 2))
+
+
+def yarn_ramp(
+    head_dim: int, theta: float, original_window: int, beta_fast: float, beta_slow: float
+) -> Tensor:
+    """How much of each pair YaRN keeps, (head_dim/2,): 1 for fast pairs, 0 for slow ones."""
+    if not 0 < beta_slow < beta_fast < math.inf:
+        raise ValueError(
+            f"beta_fast {beta_fast} must be above beta_slow {beta_slow}, "
+            "and both positive and finite"
+        )
+
+    def pair_with(turns: float) -> float:
+        """The pair, as a fractional number, that makes so many turns within the original window."""
+        wavelength = original_window / turns
+        return head_dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_with(beta_fast)), 0)
+    # head_dim - 1 and not head_dim/2 - 1, as in YaRN's own code, so that its models run as trained
+    high = min(math.ceil(pair_with(beta_slow)), head_dim - 1)
+    pair = torch.arange(head_dim // 2, dtype=torch.float64, device="cpu")
+    interpolated = (pair - low) / max(high - low, 1e-3)  # 0 at the pair `low`, 1 at the pair `high`
+    return 1 - interpolated.clamp(0, 1)
+
+
+def yarn_attention_factor(scale: float, given: float | None) -> float:
+    """YaRN's factor on cos and sin: scores grow by its square, so attention stays sharp."""
+    if given is None:
+        return 0.1 * math.log(scale) + 1.0
+    if not 0 < given < math.inf:
+        raise ValueError(f"attention_factor must be a positive finite number, got {given}")
+    return given
+
+
+def llama3_ramp(
+    inv_freq: Tensor, original_window: int, low_freq_factor: float, high_freq_factor: float
+) -> Tensor:
+    """How much of each pair Llama 3.1 keeps, (head_dim/2,): 1 for fast pairs, 0 for slow ones.
+
+    inv_freq: the angles without any scaling.
+    """
+    if not 0 < low_freq_factor < high_freq_factor < math.inf:
+        raise ValueError(
+            f"high_freq_factor {high_freq_factor} must be above low_freq_factor {low_freq_factor}, "
+            "and both positive and finite"
+        )
+    turns = original_window * inv_freq / (2 * math.pi)
+    return ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+
+
+def check_rope(
+    head_dim: int, theta: float, method: str, scale: float, original_window: int
+) -> None:
+    """Raise ValueError for an unknown method or a value out of range."""
     if method not in METHODS:
         raise ValueError(f"rope method {method!r} is unknown: choose one of {', '.join(METHODS)}")
+    # With "none", scale changes the window alone, and a shorter window is possible too
     if not math.isfinite(scale) or scale <= 0:
         raise ValueError(f"scale must be a positive finite number, got {scale}")
     if method != "none" and scale < 1:
-        raise ValueError(f"scale must be at least 1 for rope {method!r} (it stretches the window), got {scale}")
+        raise ValueError(
+            f"scale must be at least 1 for rope {method!r} (it stretches the window), got {scale}"
+        )
     if head_dim < 2 or head_dim % 2:
         raise ValueError(f"head_dim must be even and positive, got {head_dim}")
     if not math.isfinite(theta) or theta <= 1:
         raise ValueError(f"rope_theta must be a finite number above 1, got {theta}")
     if original_window < 1:
-        raise ValueError(f"original_window must be a positive number of tokens, got {original_window}")
-
-    # float64 for the few dozen powers, so that the float32 results are correctly rounded on every device
-    pair = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu")
-
-    def frequencies(base: float) -> Tensor:
-        return base ** (-pair / head_dim)  # theta_j of eq. (1)
-
-    inv_freq, factor = frequencies(theta), 1.0
-    if method == "linear":
-        inv_freq = inv_freq / scale  # (m / scale) * theta_j, written as m * (theta_j / scale)
-    elif method in ("ntk", "dynamic"):
-        if method == "dynamic":  # Hugging Face's formula for length l > L
-            ratio = max(length or 0, original_window) / original_window
-            scale = scale * ratio - (scale - 1)
-        # pair d/2 - 1 then turns by theta_j / scale, pair 0 as before (with d = 2 they are one pair, kept)
-        exponent = head_dim / (head_dim - 2) if head_dim > 2 else 1.0
-        inv_freq = frequencies(theta * scale**exponent)
-    elif method == "yarn":
-        if not 0 < beta_slow < beta_fast < math.inf:
-            raise ValueError(f"beta_fast {beta_fast} must be above beta_slow {beta_slow}, and both positive and finite")
-        if attention_factor is not None and not 0 < attention_factor < math.inf:
-            raise ValueError(f"attention_factor must be a positive finite number, got {attention_factor}")
-
-        def dim_of(turns: float) -> float:  # the (fractional) pair that makes `turns` turns within the window
-            return head_dim * math.log(original_window / (turns * 2 * math.pi)) / (2 * math.log(theta))
-
-        low = max(math.floor(dim_of(beta_fast)), 0)
-        high = min(math.ceil(dim_of(beta_slow)), head_dim - 1)
-        ramp = ((pair / 2 - low) / max(high - low, 1e-3)).clamp(0, 1)
-        inv_freq = inv_freq * (1 - ramp) + inv_freq / scale * ramp  # ramp 0: kept (fast), 1: interpolated (slow)
-        factor = 0.1 * math.log(scale) + 1.0 if attention_factor is None else attention_factor
-    elif method == "llama3":
-        if not 0 < low_freq_factor < high_freq_factor < math.inf:
-            raise ValueError(
-                f"high_freq_factor {high_freq_factor} must be above low_freq_factor {low_freq_factor}, "
-                "and both positive and finite"
-            )
-        turns = original_window * inv_freq / (2 * math.pi)  # L / wavelength
-        keep = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
-        inv_freq = keep * inv_freq + (1 - keep) * inv_freq / scale
-    return inv_freq.to(torch.float32).to(device), factor
+        raise ValueError(
+            f"original_window must be a positive number of tokens, got {original_window}"
+        )
 
 
-def rope_cos_sin(positions: Tensor, inv_freq: Tensor, attention_factor: float = 1.0) -> tuple[Tensor, Tensor]:
-    """cos and sin of every angle: positions (...,), inv_freq (D/2,) -> two float32 tensors (..., D/2).
-
-    Positions may be fractional and start anywhere (a KV cache). They and the angles stay float32 whatever the
-    model's dtype: in bfloat16 the 32,768 positions of a window would collapse to about a thousand values.
-    """
-    # autocast would run an outer product in bfloat16; a plain multiplication it leaves alone
-    angles = positions.to(torch.float32).unsqueeze(-1) * inv_freq.to(torch.float32)
-    return angles.cos() * attention_factor, angles.sin() * attention_factor
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn pair (x_j, x_{j + D/2}) by its angle: x (..., T, D), cos and sin (..., T, D/2) -> (..., T, D) in x's dtype.
-
-    cos and sin may be float32 (the product is rounded once, to x's dtype) or already cast to it.
-    """
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+# ---- the two layouts -----------------------------------------------------------------------------
 
 
 def interleaved_to_half(weight: Tensor, n_head: int) -> Tensor:
-    """Meta's row order of wq or wk (pairs are neighbours) to ours: weight (n_head * D, C) or bias (n_head * D,)."""
-    rows = weight.unflatten(0, (n_head, -1, 2))  # (n_head, D/2, 2, ...): row 2j + i of a head
-    return rows.transpose(1, 2).flatten(0, 2)  # becomes row i * D/2 + j
+    """Rows of wq or wk from Meta's layout to ours: weight (n_head * D, C) or bias (n_head * D,)."""
+    # Row 2j + i of a head (pair j, i = 0 or 1) becomes row i * D/2 + j
+    rows = weight.unflatten(0, (n_head, -1, 2))  # (n_head, D/2, 2, ...)
+    return rows.transpose(1, 2).flatten(0, 2)  # (n_head * D, ...)
 
 
 def half_to_interleaved(weight: Tensor, n_head: int) -> Tensor:
     """The inverse of `interleaved_to_half`."""
-    rows = weight.unflatten(0, (n_head, 2, -1))
+    rows = weight.unflatten(0, (n_head, 2, -1))  # (n_head, 2, D/2, ...)
     return rows.transpose(1, 2).flatten(0, 2)

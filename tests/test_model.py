@@ -5,57 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import model as model_module
-from model import PRESETS, ChunkedCrossEntropy, KVCache, LLaMA, LLaMAConfig, sample
+from model import PRESETS, KVCache, LLaMA, LLaMAConfig, sample
 from rope import interleaved_to_half, rope_frequencies
-
-SHAPES = {
-    "mha": dict(),
-    "gqa": dict(n_kv_head=2),
-    "mqa": dict(n_kv_head=1),
-    "tied": dict(n_kv_head=2, tie_embeddings=True),
-    "head_dim": dict(head_dim=32),  # 4 heads of 32 from 64 channels
-}
-WINDOW = 32  # the original one; sequences are three times as long
-METHODS = {
-    "none": dict(),
-    "linear": dict(rope="linear", scale=4.0),
-    "ntk": dict(rope="ntk", scale=4.0),
-    "dynamic": dict(rope="dynamic", scale=4.0),
-    "yarn": dict(rope="yarn", scale=4.0),
-    "llama3": dict(rope="llama3", scale=4.0),
-}
-
-
-def make_config(**changes):
-    small = dict(vocab_size=97, n_layer=3, n_head=4, n_embd=64, intermediate_size=96, block_size=WINDOW)
-    return LLaMAConfig(**small | changes)
-
-
-@torch.no_grad()
-def randomize(model, seed=0):
-    """Weights that keep every activation, and so the logits, of order 1, and attention far from uniform."""
-    torch.manual_seed(seed)
-    for name, weight in model.named_parameters():
-        if weight.dim() == 1:
-            weight.normal_(mean=1, std=0.2)
-        else:
-            gain = 1.5 if "q_proj" in name or "k_proj" in name else 1.0
-            weight.normal_(std=gain / math.sqrt(weight.size(1)))
-    return model.eval()
-
-
-def make(seed=0, **changes):
-    return randomize(LLaMA(make_config(**changes)), seed)
-
-
-def random_ids(*shape, seed=1, vocab_size=97):
-    return torch.randint(0, vocab_size, shape, generator=torch.Generator().manual_seed(seed))
-
+from small_models import METHODS, SHAPES, WINDOW, Recorder, make, make_config, random_ids, randomize
 
 def transformers_and_ours(**changes):
     """A random LlamaForCausalLM made from a LlamaConfig of its own, and ours with its weights."""
@@ -81,31 +35,6 @@ def transformers_and_ours(**changes):
     ours = LLaMA(config).eval()
     ours.load_state_dict({name.removeprefix("model."): weight for name, weight in theirs.state_dict().items()})
     return theirs, ours
-
-
-class Recorder(TorchDispatchMode):
-    """Sees every operator: counts them by name, keeps the largest output, and knows what memory is still held."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls, self.largest, self.made, self.storages = {}, 0, [], []
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        out = op(*args, **(kwargs or {}))
-        name = op.overloadpacket.__name__
-        self.calls[name] = self.calls.get(name, 0) + 1
-        for t in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(t, torch.Tensor):
-                self.largest = max(self.largest, t.numel())
-                self.made.append((name, tuple(t.shape)))
-                self.storages.append((StorageWeakRef(t.untyped_storage()), t.untyped_storage().nbytes()))
-        return out
-
-    def attentions(self):
-        return sum(n for name, n in self.calls.items() if "scaled_dot" in name and "backward" not in name)
-
-    def bytes_held(self):
-        return sum({ref.cdata: size for ref, size in self.storages if not ref.expired()}.values())
 
 
 # Beside transformers
@@ -206,16 +135,17 @@ def test_dynamic_fixes_its_length_for_a_call():
 @torch.no_grad()
 @pytest.mark.parametrize("shape", ["mha", "gqa"])
 @pytest.mark.parametrize("pieces", PIECES, ids=["decode", "single", "chunked", "mixed"])
-def test_the_last_tokens_state_alone_is_the_last_of_all(pieces, shape):
+def test_the_logits_of_the_next_token_are_the_last_of_all(pieces, shape):
     model = make(**SHAPES[shape], **METHODS["linear"])
     ids = random_ids(3, sum(pieces))
     caches = [KVCache(model.config, 3, len(ids[0]), ids.device, torch.float32) for _ in range(2)]
     for piece in ids.split(pieces, dim=1):
-        state, states = model.hidden(piece, caches[0], last=True), model.hidden(piece, caches[1])
-        assert state.shape == (3, 1, 64)
-        torch.testing.assert_close(state, states[:, -1:], rtol=0, atol=2e-5)  # attention sums in another order
+        logits = model.next_token_logits(piece, caches[0])
+        all_logits = model(piece, cache=caches[1])
+        assert logits.shape == (3, 97)
+        torch.testing.assert_close(logits, all_logits[:, -1], rtol=0, atol=2e-5)  # attention sums in another order
     assert torch.equal(caches[0].k, caches[1].k) and torch.equal(caches[0].v, caches[1].v)
-    torch.testing.assert_close(model.hidden(ids, last=True), model.hidden(ids)[:, -1:], rtol=0, atol=2e-5)
+    assert caches[0].length == caches[1].length == len(ids[0])
 
 
 def test_a_full_cache_says_so():
@@ -338,147 +268,6 @@ def test_sample_greedy_and_row_by_row():
     rows = torch.full((2, 50), -1e4)
     rows[0, 7], rows[1, 31] = 0, 0  # each row has its own likely token
     assert sample(rows, 1.0, 0.9, torch.Generator().manual_seed(0)).tolist() == [7, 31]
-
-
-# The loss in chunks
-
-
-def targets_for(ids, kind):
-    targets = ids.roll(-1, dims=1).clone()
-    if kind == "some":
-        targets[0, :5] = targets[1, 3] = targets[:, -1] = -100
-    elif kind == "none":
-        targets[:] = -100
-    return targets
-
-
-def plain_loss(model, ids, targets):
-    """Cross-entropy of all the logits at once; 0 where nothing is asked (F.cross_entropy would say nan)."""
-    total = F.cross_entropy(model(ids).flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
-    return total / max(1, (targets != -100).sum().item())
-
-
-def loss_and_grads(model, loss):
-    model.zero_grad()
-    (3 * loss).backward()  # 3: what comes from above must reach the gradients
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("asked", ["all", "some", "none"])
-@pytest.mark.parametrize("chunk", [None, 1, 7, 11, 65, 66, 1000])  # of 66 rows: 7 does not divide it, 65 leaves one
-def test_the_chunked_loss_and_its_gradients_are_the_plain_ones(monkeypatch, chunk, asked, tied):
-    model, ids = make(n_layer=1, tie_embeddings=tied), random_ids(3, 22)
-    targets = targets_for(ids, asked)
-    expected, expected_grads = loss_and_grads(model, plain_loss(model, ids, targets))
-    if chunk:
-        monkeypatch.setattr(model_module, "_chunk_size", lambda weight: chunk)
-    loss, grads = loss_and_grads(model, model(ids, targets))
-    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)  # a mean of 66 float32 of order 5
-    assert grads.keys() == expected_grads.keys() == dict(model.named_parameters()).keys()
-    for name, grad in grads.items():  # float32 sums of up to 97 x 66 terms; the gradients are of order 0.01 to 1
-        torch.testing.assert_close(grad, expected_grads[name], rtol=1e-4, atol=1e-6, msg=lambda m: f"{name}: {m}")
-    largest = max(grad.abs().max() for grad in grads.values())
-    assert largest == 0 if asked == "none" else largest > 0.05
-
-
-def test_the_chunked_loss_in_float64_passes_gradcheck(monkeypatch):
-    """Finite differences know nothing of how the gradient was made."""
-    monkeypatch.setattr(model_module, "_chunk_size", lambda weight: 3)
-    torch.manual_seed(0)
-    hidden = torch.randn(7, 4, requires_grad=True)
-    weight = torch.randn(5, 4, requires_grad=True)
-    targets = torch.tensor([0, 4, -100, 2, 2, -100, 1])
-    (ChunkedCrossEntropy.apply(hidden, weight, targets)).backward()
-    for x in (hidden, weight):
-        flat = x.detach().double().flatten()
-        for i in range(flat.numel()):
-            ends = []
-            for step in (1e-4, -1e-4):
-                moved = flat.clone()
-                moved[i] += step
-                h, w = (moved.view_as(x) if x is y else y.detach().double() for y in (hidden, weight))
-                ends.append(F.cross_entropy(h @ w.T, targets, ignore_index=-100, reduction="sum").item())
-            # float64 differences are right to 1e-8, our float32 gradients to some 1e-6
-            assert x.grad.flatten()[i].item() == pytest.approx((ends[0] - ends[1]) / 2e-4, abs=5e-6)
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_chunked_loss_under_autocast(monkeypatch, tied):
-    model, ids = make(n_layer=1, tie_embeddings=tied), random_ids(3, 22)
-    targets = targets_for(ids, "some")
-    exact, exact_grads = loss_and_grads(model, plain_loss(model, ids, targets))
-    with torch.autocast("cpu", torch.bfloat16):
-        expected, expected_grads = loss_and_grads(model, plain_loss(model, ids, targets))
-        monkeypatch.setattr(model_module, "_chunk_size", lambda weight: 7)
-        loss, grads = loss_and_grads(model, model(ids, targets))
-    assert loss.dtype == torch.float32 and abs(loss - expected) < 1e-3  # the same bf16 logits, summed in float32
-    assert grads.keys() == exact_grads.keys()
-    for name, grad in grads.items():
-        assert grad.dtype == torch.float32
-        # bf16 keeps 8 bits: both are off by some 1% of the exact one, and ours by no more than twice PyTorch's own
-        exact_grad = exact_grads[name]
-        theirs, ours = ((g[name] - exact_grad).norm() / exact_grad.norm() for g in (expected_grads, grads))
-        assert ours < max(2 * theirs, 0.02), (name, ours, theirs)
-
-
-@pytest.mark.parametrize("frozen", ["head", "all but the head", "all"])
-def test_the_chunked_loss_with_parts_frozen(monkeypatch, frozen):
-    monkeypatch.setattr(model_module, "_chunk_size", lambda weight: 7)
-    model, ids = make(n_layer=1), random_ids(3, 22)
-    _, expected = loss_and_grads(model, plain_loss(model, ids, ids))
-    for name, p in model.named_parameters():
-        p.requires_grad = frozen != "all" and (name == "lm_head.weight") == (frozen == "all but the head")
-    loss = model(ids, ids)
-    if frozen == "all":
-        assert not loss.requires_grad
-        return
-    _, grads = loss_and_grads(model, loss)
-    assert set(grads) == {name for name in expected if (name == "lm_head.weight") == (frozen == "all but the head")}
-    for name, grad in grads.items():
-        torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6)
-
-
-def test_a_bfloat16_model_has_bfloat16_gradients_and_a_float32_loss():
-    model, ids = make(n_layer=1).bfloat16(), random_ids(3, 22)
-    loss = model(ids, ids)
-    loss.backward()
-    assert loss.dtype == torch.float32
-    assert {p.grad.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert abs(loss.item() - plain_loss(model, ids, ids).item()) < 1e-3
-
-
-def test_the_loss_never_holds_all_the_logits():
-    T, V = 2048, 32000
-    model = make(vocab_size=V, n_layer=1, n_head=1, n_embd=8, intermediate_size=8)
-    ids = random_ids(1, T, vocab_size=V)
-    saved = []
-    with Recorder() as recorder, torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        model(ids, ids).backward()
-    assert recorder.largest <= 2**24 < T * V / 3  # 64 MiB of the 250 that plain cross-entropy makes several times over
-    assert max(t.numel() for t in saved) == V * 8  # and between forward and backward nothing larger than the head
-    with Recorder() as recorder:  # the recorder does see plain cross-entropy's
-        plain_loss(model, ids[:, :64], ids[:, :64])
-    assert recorder.largest == 64 * V
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("asked", ["all", "some", "none"])
-@pytest.mark.parametrize("chunk", [None, 1, 7])
-def test_nll_is_per_token_and_makes_only_the_logits_that_are_scored(monkeypatch, chunk, asked):
-    model, ids = make(n_kv_head=2), random_ids(3, 22)
-    targets = targets_for(ids, asked)
-    scored = targets != -100
-    expected = -model(ids).log_softmax(-1).gather(2, targets.clamp(min=0)[..., None])[..., 0]
-    if chunk:
-        monkeypatch.setattr(model_module, "_chunk_size", lambda weight: chunk)
-    with Recorder() as recorder:
-        nll = model.nll(ids, targets)
-    assert nll.shape == ids.shape and nll.dtype == torch.float32
-    assert (nll[~scored] == 0).all()
-    torch.testing.assert_close(nll[scored], expected[scored], rtol=1e-5, atol=1e-5)
-    rows = sum(shape[0] for name, shape in recorder.made if name == "mm" and shape[-1] == 97)
-    assert rows == scored.sum()
 
 
 # Activation checkpointing
@@ -647,3 +436,20 @@ def test_frequencies_are_computed_once_and_a_changed_config_is_seen():
     scaled = model(ids)
     model.config.scale = 2.0
     assert (model(ids) - scaled).abs().max() > 0.02
+
+
+def test_compiled_blocks_of_several_lengths_have_no_graph_break():
+    """is_causal must be a plain bool: scaled_dot_product_attention takes no symbolic one."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    model = make(n_layer=1)
+    for block in model.layers:
+        block.compile(backend="eager")
+    for length in (16, 24, 40):
+        ids = random_ids(2, length)
+        model(ids, ids).backward()
+    assert not counters["graph_break"], dict(counters["graph_break"])
+    assert counters["stats"]["unique_graphs"] <= 2  # one for the first length, one for all others
+    torch._dynamo.reset()

@@ -1,331 +1,536 @@
-"""Text becomes tokens: documents from files, and the corpus on disk. sequences.py makes batches of it.
+"""Documents from files and from the Hugging Face hub, and the corpus of their tokens on disk.
 
-This file knows nothing of the model. Read it from top to bottom:
-
-    tokenizer = load_tokenizer("out/base")                  # tokenizer.py's
-    corpus = load_corpus(["novels/"], tokenizer, "train")   # tokenized once, then a memory-mapped file
+    corpus = load_corpus(["novels/"], tokenizer, "train")   # tokenized once, then kept in a file
     reports = read_reports(["reports.jsonl"])               # documents with their summaries
 
-Wherever --data takes files and folders it takes data sets of the Hugging Face hub too, through the `datasets`
-library: `hf:owner/name`, and after it, with commas, what isn't the default:
+A path of --data is a file, a folder, or `hf:owner/name`, a data set of the hub, which the library
+`datasets` reads. Options follow the name of a data set, separated by commas:
 
-    hf:emozilla/pg19,split=test                             # config=, split= (train), revision=, field= (text)
-    hf:monology/pile-uncopyrighted,take=100000              # the first N rows: some data sets have no end
+    hf:emozilla/pg19,split=test                             # the default is split=train
+    hf:monology/pile-uncopyrighted,take=100000              # only the first 100,000 rows
 
-What is asked for is read from the hub once, row by row, into a .jsonl file in out/cache; delete it to read anew.
+The other options are config=, revision= and field= (the field that holds the text). The rows are
+read from the hub once and kept as a .jsonl file in out/cache; delete that file to read them again.
 """
 
 import hashlib
-import importlib
 import json
 import os
-import re
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
-from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from checkpoint import replacing
-from tokenizer import Tokenizer, load_tokenizer, train_tokenizer  # noqa: F401 (who imports data has them too)
+from cli import first_line, import_extra, replacing
+from tokenizer import Tokenizer
 
-# ---------------------------------------------------------------- documents
+ROW_FILES = (".jsonl", ".parquet")  # each row is a document
+DOCUMENT_FILES = (".txt", ".md", ".py", *ROW_FILES)
+CACHE = "out/cache"
 
-_TABLES = (".jsonl", ".parquet")  # a document a row
-_SUFFIXES = (".txt", ".md", ".py", *_TABLES)
-_CACHE = "out/cache"
-_NOT_STDLIB = {"test", "tests", "idle_test", "idlelib", "encodings", "site-packages", "dist-packages"}
+# Folders beside the standard library's modules: tests, tables of characters, installed packages
+LEFT_OUT = ("test", "tests", "idle_test", "idlelib", "encodings", "site-packages", "dist-packages")
+
+# ---- documents and reports -----------------------------------------------------------------------
 
 
-def read_documents(paths: Sequence[str | Path] | None, split: str = "all") -> Iterator[tuple[str, str]]:
-    """Yield (name, text) of every document of a split: "train", "val" (about 10%) or "all".
+def read_documents(
+    paths: Sequence[str | Path] | None, split: str = "all"
+) -> Iterator[tuple[str, str]]:
+    """Yield (name, text) for each document of a split.
 
-    paths: files (.txt, .md, .py: one document each; .jsonl, .parquet: one a row, its field `text`), folders of
-    them, or hub data sets (hf:...); None: the sources of Python's standard library, which everybody has. The split
-    depends on the documents' names alone, relative to the paths. Where that leaves one side empty, the last document
-    is validation, or the first is training; where there is one document only, its last 10% is validation.
-    Raises ValueError for what is not text, and where there is no text at all.
+    paths: files (.txt, .md and .py hold one document, .jsonl and .parquet one in the field `text`
+    of each row), folders of such files, or data sets of the hub (hf:owner/name); None: the source
+    code of Python's standard library, which is on every machine.
+    split: "train", "val" (about 10% of the documents) or "all". The split depends on nothing but
+    the names of the documents. A single document is cut: its last 10% is for validation.
+    Raises ValueError for content that is not text, and if there is no text at all.
     """
     if split not in ("train", "val", "all"):
         raise ValueError(f"split must be train, val or all, got {split!r}")
-
-    def is_val(name: str) -> bool:
-        return int.from_bytes(hashlib.sha256(name.encode("utf-8", "replace")).digest()[:4], "big") % 10 == 0
-
-    names: list[str] = []  # of the first documents, until both sides have one
-    for name, _ in _documents(paths):
-        names.append(name)
-        if is_val(name) != is_val(names[0]):
-            break
-    if not names:
-        raise ValueError(f"{corpus_name(paths)}: no text found, give {', '.join(_SUFFIXES)} files that are not empty")
-    moved = None  # the document that changes sides, if one is empty
-    if is_val(names[-1]) == is_val(names[0]):
-        moved = 0 if is_val(names[0]) else len(names) - 1
-    for i, (name, text) in enumerate(_documents(paths)):
-        if split == "all":
-            yield name, text
-        elif len(names) == 1:
-            cut = len(text) * 9 // 10
-            yield name, text[:cut] if split == "train" else text[cut:]
-        elif (is_val(name) != (i == moved)) == (split == "val"):
-            yield name, text
-
-
-def corpus_name(paths: Sequence[str | Path] | None) -> str:
-    """What messages call the corpus of these paths."""
-    return "the standard library's sources" if paths is None else ", ".join(map(str, paths))
-
-
-def _documents(paths: Sequence[str | Path] | None) -> Iterator[tuple[str, str]]:
-    """(name, text) of every document that isn't empty, in a fixed order."""
-    if paths is None:
-        root = Path(sysconfig.get_path("stdlib"))
-        for path in _files(root, (".py",), _NOT_STDLIB):
-            if path.stat().st_size > 2000:
-                yield path.relative_to(root).as_posix(), path.read_text(encoding="utf-8", errors="replace")
+    if split == "all":
+        yield from _all_documents(paths)
         return
-    for name, _, (text,) in _records(paths, ("text",), _SUFFIXES):
-        if text.strip():
+
+    # The documents are read twice, because together they may not fit into memory: a first time for
+    # their names, which decide the split, and a second time for their texts
+    names = [name for name, _ in _all_documents(paths)]
+    validation = _validation_numbers(names)
+    for number, (name, text) in enumerate(_all_documents(paths)):
+        if len(names) == 1:
+            # A split needs at least two documents, so the only one is cut in two
+            yield name, _part_of_text(text, split)
+        elif (number in validation) == (split == "val"):
             yield name, text
+
+
+def _validation_numbers(names: Sequence[str]) -> set[int]:
+    """The numbers of the validation documents, given the names of all documents.
+
+    About one document in ten is for validation, as a hash of its name decides. If that leaves none
+    for validation, the last document is taken. If it leaves none for training, the first one is
+    taken out.
+    """
+    numbers = set()
+    for number, name in enumerate(names):
+        # The first four bytes of the hash as a number, which is the same on every machine
+        digest = hashlib.sha256(name.encode("utf-8", "replace")).digest()
+        if int.from_bytes(digest[:4], "big") % 10 == 0:
+            numbers.add(number)
+    if len(numbers) == 0:
+        numbers.add(len(names) - 1)
+    elif len(numbers) == len(names):
+        numbers.remove(0)
+    return numbers
+
+
+def _part_of_text(text: str, split: str) -> str:
+    """The first 90% of a text for training, or its last 10% for validation."""
+    cut = len(text) * 9 // 10
+    if split == "train":
+        return text[:cut]
+    return text[cut:]
+
+
+def _all_documents(paths: Sequence[str | Path] | None) -> Iterator[tuple[str, str]]:
+    """Yield (name, text) for each document that is not blank, always in the same order.
+
+    Raises ValueError if there are none.
+    """
+    empty = True
+    if paths is None:
+        documents = _standard_library()
+    else:
+        documents = _documents_in_files(paths)
+    for name, text in documents:
+        empty = False
+        yield name, text
+    if empty:
+        forms = ", ".join(DOCUMENT_FILES)
+        raise ValueError(
+            f"{corpus_name(paths)}: no text found, give {forms} files that are not empty"
+        )
+
+
+def _documents_in_files(paths: Sequence[str | Path]) -> Iterator[tuple[str, str]]:
+    """Yield (name, text) for each document in files, folders or data sets that is not blank."""
+    for record in _read_records(paths, ("text",), DOCUMENT_FILES):
+        text = record.texts[0]
+        if text.strip():
+            yield record.name, text
+
+
+def _standard_library() -> Iterator[tuple[str, str]]:
+    """Yield (name, text) for the larger source files of Python's standard library."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    for path in _files_below(folder, (".py",), LEFT_OUT):
+        if path.stat().st_size > 2000:
+            name = path.relative_to(folder).as_posix()
+            yield name, path.read_text(encoding="utf-8", errors="replace")
 
 
 def read_reports(
     paths: Sequence[str | Path], document_field: str = "document", summary_field: str = "summary"
 ) -> list[tuple[str, str]]:
-    """(document, summary) of every row of .jsonl or .parquet files, folders of them, or hub data sets (hf:...).
+    """A list of (document, summary), one for each row of the files.
 
-    Raises ValueError, naming file and row, for a field that is missing, empty or not text, and where there are no rows.
+    paths: .jsonl or .parquet files, folders of them, or data sets of the hub (hf:owner/name).
+    Raises ValueError, which names the file and the row, for a field that is missing, empty or not
+    text; and if there are no rows.
     """
-    fields, reports = (document_field, summary_field), []
-    for _, place, texts in _records(paths, fields, _TABLES):
-        for field, text in zip(fields, texts):
+    fields = (document_field, summary_field)
+    reports = []
+    for record in _read_records(paths, fields, ROW_FILES):
+        for field, text in zip(fields, record.texts):
             if not text.strip():
-                raise ValueError(f"{place}: its field `{field}` is empty")
-        reports.append(texts)
+                raise ValueError(f"{record.place}: its field `{field}` is empty")
+        reports.append(record.texts)
     if not reports:
-        raise ValueError(f"{corpus_name(paths)}: no reports found, give {', '.join(_TABLES)} files that are not empty")
+        forms = ", ".join(ROW_FILES)
+        raise ValueError(
+            f"{corpus_name(paths)}: no reports found, give {forms} files that are not empty"
+        )
     return reports
 
 
-def _records(
+def corpus_name(paths: Sequence[str | Path] | None) -> str:
+    """The name of a corpus in messages and results."""
+    if paths is None:
+        return "the standard library's sources"
+    return ", ".join(str(path) for path in paths)
+
+
+# ---- records: the rows of files ------------------------------------------------------------------
+
+
+class _File(NamedTuple):
+    """A file to read documents from."""
+
+    name: str  # the name of its document; a row adds its number to it
+    source: str  # its path, or the data set as the user wrote it, for messages
+    path: Path
+
+
+class _Record(NamedTuple):
+    """The texts in one row of a file, or in a whole text file."""
+
+    name: str
+    place: str  # the file and the row, for messages
+    texts: tuple[str, ...]  # one for each field that was asked for
+
+
+def _read_records(
     paths: Sequence[str | Path], fields: tuple[str, ...], suffixes: tuple[str, ...]
-) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """(name, place, texts) of every record, in a fixed order: what it is called, where it is, and its fields."""
-    for given in map(str, paths):
-        root = Path(given)
-        if given.startswith("hf:"):
-            files = [(given.split(",")[0].removeprefix("hf:"), given, _fetched(given, fields))]
-        elif root.is_dir():
-            files = ((path.relative_to(root).as_posix(), path, path) for path in _files(root, suffixes, set()))
-        else:
-            files = [(root.name, root, root)]
-        for name, source, path in files:
-            for row, texts in _rows(path, fields, suffixes):
-                place = f"{source}, row {row}"
-                for field, text in zip(fields, texts):
-                    try:
-                        text.encode("utf-8")
-                    except (AttributeError, UnicodeEncodeError):  # not a string, or half of a surrogate pair in it
-                        raise ValueError(f"{place}: its field `{field}` is not text") from None
-                yield name if row is None else f"{name}:{row}", place, texts
+) -> Iterator[_Record]:
+    """Yield a record for each row of the files, always in the same order.
 
-
-def _files(root: Path, suffixes: tuple[str, ...], left_out: set[str]) -> Iterator[Path]:
-    """The files below a folder, sorted; hidden folders (.git, .venv) and those in left_out are passed over."""
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(name for name in subfolders if name not in left_out and not name.startswith("."))
-        yield from (Path(folder, name) for name in sorted(names) if name.endswith(suffixes))
-
-
-def _rows(
-    path: Path, fields: tuple[str, ...], suffixes: tuple[str, ...]
-) -> Iterator[tuple[int | None, tuple[str, ...]]]:
-    """(row, texts) of every document in a file, its fields in order; row is None where the file is the document."""
-    if path.suffix == ".parquet":
-        parquet = optional("pyarrow.parquet", "parquet", path)
-        try:
-            file = parquet.ParquetFile(path)
-            columns = file.schema_arrow.names
-            if missing := [field for field in fields if field not in columns]:
-                raise ValueError(f"it has no column `{missing[0]}`, but {', '.join(columns)}")
-            row = 0
-            for batch in file.iter_batches(batch_size=256, columns=list(fields)):
-                for texts in zip(*(batch.column(field).to_pylist() for field in fields)):
-                    yield (row := row + 1), texts
-        except FileNotFoundError:
-            raise
-        except (ValueError, OSError) as error:  # pyarrow's have many lines, and no file name
-            raise ValueError(f"{path} can't be read: {_first_line(error)}") from None
-    elif path.suffix == ".jsonl":
-        with open(path, "rb") as file:
-            for row, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        record = json.loads(line)
-                        yield row, tuple(record[field] for field in fields)
-                    except (ValueError, TypeError, KeyError):  # not JSON or not UTF-8; no object; no such field
-                        wanted = " and ".join(f'a field "{field}"' for field in fields)
-                        raise ValueError(f"{path}, line {row}: expected a JSON object with {wanted}") from None
-    elif path.suffix in suffixes or not path.exists():
-        try:
-            yield None, (path.read_text(encoding="utf-8"),)  # a missing file raises here, with its name
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): convert it or leave it out") from None
-    else:
-        raise ValueError(f"{path} is none of {', '.join(suffixes)}: rename or convert it")
-
-
-def optional(module: str, extra: str, what: object) -> ModuleType:
-    """A module that comes with one of the extras of pyproject.toml. ValueError that says how to install it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        library = module.split(".")[0]
-        raise ValueError(f'{what} needs the library {library}: pip install -e ".[{extra}]"') from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-# ---------------------------------------------------------------- the hub
-
-_HUB_FORM = "hf:owner/name[,config=...][,split=train][,take=N][,field=text][,revision=...]"
-
-
-def _fetched(spec: str, fields: tuple[str, ...]) -> Path:
-    """The .jsonl file that holds these fields of a hub data set: in the cache already, or read from the hub now.
-
-    Being a file, it is hashed, split and tokenized as every other, any number of times, and a training run goes on
-    where there is no hub. `field=` says what plays the part of the one field `text`.
+    Raises ValueError if a row lacks one of the fields, or if a field is not text.
     """
-    name, *parts = spec.removeprefix("hf:").split(",")
-    options = dict(part.split("=", 1) if "=" in part else (part, "") for part in parts)
-    if unknown := sorted(options.keys() - {"config", "split", "take", "field", "revision"}):
-        raise ValueError(f"{spec}: `{unknown[0]}` is unknown, a hub data set is {_HUB_FORM}")
-    if not name or "" in options.values() or not re.fullmatch(r"0*[1-9][0-9]*", options.get("take", "1")):
-        raise ValueError(f"{spec}: a hub data set is {_HUB_FORM}, N at least 1")
-    if "field" in options and len(fields) > 1:
-        raise ValueError(f"{spec}: field= is for text alone, the fields of reports have flags of their own")
+    for given in paths:
+        for file in _find_files(str(given), fields, suffixes):
+            for number, row in _read_rows(file.path, fields, suffixes):
+                # A row is named after its file and its number, as in "reports.jsonl:12"
+                name = file.name
+                place = file.source
+                if number is not None:
+                    name += f":{number}"
+                    place += f", row {number}"
+                yield _Record(name, place, _texts(row, fields, place))
+
+
+def _find_files(given: str, fields: tuple[str, ...], suffixes: tuple[str, ...]) -> Iterator[_File]:
+    """Yield the files of one path: a file, a folder or a data set of the hub."""
+    path = Path(given)
+    if given.startswith("hf:"):
+        yield _file_of_data_set(given, fields)
+    elif path.is_dir():
+        for file in _files_below(path, suffixes):
+            yield _File(file.relative_to(path).as_posix(), str(file), file)
+    else:
+        yield _File(path.name, str(path), path)
+
+
+def _files_below(
+    folder: Path, suffixes: tuple[str, ...], left_out: Iterable[str] = ()
+) -> Iterator[Path]:
+    """Yield the files in a folder and its subfolders, always in the same order.
+
+    Hidden subfolders (.git, .venv) and those with a name in left_out are skipped.
+    """
+    for parent, subfolders, names in os.walk(folder):
+        visible = [name for name in subfolders if not name.startswith(".")]
+        # os.walk goes on with what this list holds, so the list is changed in place
+        subfolders[:] = sorted(set(visible) - set(left_out))
+        for name in sorted(names):
+            if name.endswith(suffixes):
+                yield Path(parent, name)
+
+
+def _read_rows(
+    path: Path, fields: tuple[str, ...], suffixes: tuple[str, ...]
+) -> Iterator[tuple[int | None, dict]]:
+    """Yield (number, row) for each row of a file. A text file is a single row without a number."""
+    # A missing file is reported as missing, whatever its suffix: stat raises FileNotFoundError
+    path.stat()
+    if path.suffix not in suffixes:
+        raise ValueError(f"{path} is none of {', '.join(suffixes)}: rename or convert it")
+    if path.suffix == ".parquet":
+        yield from _parquet_rows(path, fields)
+    elif path.suffix == ".jsonl":
+        yield from _jsonl_rows(path)
+    else:
+        try:
+            yield None, {"text": path.read_text(encoding="utf-8")}
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path} is not UTF-8 text (byte {error.start}): convert it or leave it out"
+            ) from None
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    """Yield (number, row) for each line of a .jsonl file that is not blank."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError:  # neither JSON nor UTF-8
+                row = None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: expected a JSON object")
+            yield number, row
+
+
+def _parquet_rows(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[int, dict]]:
+    """Yield (number, row) for each row of a .parquet file, with these fields alone."""
+    # pyarrow reads a local file more than ten times as fast as datasets does
+    parquet = import_extra("pyarrow.parquet", "parquet", path)
+    number = 0
+    try:
+        file = parquet.ParquetFile(path)
+        _check_fields(file.schema_arrow.names, fields, "it")
+        for batch in file.iter_batches(batch_size=256, columns=list(fields)):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+    except (ValueError, OSError) as error:
+        # The messages of pyarrow have many lines and don't name the file
+        raise ValueError(f"{path} can't be read: {first_line(error)}") from None
+
+
+def _texts(row: dict, fields: tuple[str, ...], place: str) -> tuple[str, ...]:
+    """The fields of a row. Raises ValueError if one is missing or not text."""
+    _check_fields(row, fields, place)
+    for field in fields:
+        if not _is_text(row[field]):
+            raise ValueError(f"{place}: its field `{field}` is not text")
+    return tuple(row[field] for field in fields)
+
+
+def _check_fields(found: Collection[str], fields: tuple[str, ...], place: str) -> None:
+    """Raise ValueError if one of the fields is not among those found."""
+    for field in fields:
+        if field not in found:
+            names = ", ".join(found)
+            raise ValueError(f"{place} has no field `{field}` (its fields: {names})")
+
+
+def _is_text(value: object) -> bool:
+    """Whether a value is a string that can be written as UTF-8.
+
+    Half of a surrogate pair can't be, although JSON may contain one.
+    """
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+# ---- data sets of the hub ------------------------------------------------------------------------
+
+HUB_OPTIONS = ("config", "split", "take", "field", "revision")
+HUB_FORM = "hf:owner/name[,config=...][,split=train][,take=N][,field=text][,revision=...]"
+
+
+def _file_of_data_set(given: str, fields: tuple[str, ...]) -> _File:
+    """The .jsonl file in out/cache with these fields of a data set, read from the hub if missing.
+
+    From a file, documents can be read as often as needed, and training can resume without the hub.
+    """
+    # The option `field` says which field of the data set is read as the field `text`
+    name, options = _parse_data_set(given)
+    names_on_hub = fields
+    if "field" in options:
+        if len(fields) > 1:
+            raise ValueError(
+                f"{given}: field= is for text alone, the fields of reports have flags of their own"
+            )
+        names_on_hub = (options["field"],)
+
+    # The file is named after everything that decides what is in it
     key = json.dumps([name, sorted(options.items()), fields])
-    path = Path(_CACHE) / f"hub-{hashlib.sha256(key.encode()).hexdigest()[:32]}.jsonl"
+    digest = hashlib.sha256(key.encode()).hexdigest()[:32]
+    path = Path(CACHE) / f"hub-{digest}.jsonl"
+
+    # Read the rows from the hub, unless an earlier run did
     if not path.is_file():
-        rows = _hub_rows(spec, name, options, [options.get("field", field) for field in fields])
         with (
-            tqdm(desc=f"reading {spec}", unit="row") as bar,
-            replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file,
-        ):  # fmt: skip
-            for texts in rows:
-                file.write(json.dumps(dict(zip(fields, texts))) + "\n")
+            tqdm(desc=f"reading {given}", unit="row") as bar, replacing(path) as temporary,
+            open(temporary, "w", encoding="utf-8") as file
+        ):
+            for texts in _hub_rows(given, name, options, names_on_hub):
+                row = dict(zip(fields, texts))
+                file.write(json.dumps(row) + "\n")
                 bar.update()
-    return path
+    return _File(name, given, path)
 
 
-def _hub_rows(spec: str, name: str, options: dict[str, str], fields: list[str]) -> Iterator[list]:
-    """The fields of each row of a hub data set, or of a folder with the files of one, as they come."""
-    datasets = optional("datasets", "hub", spec)
-    take = int(options["take"]) if "take" in options else None
+def _parse_data_set(given: str) -> tuple[str, dict[str, str]]:
+    """The name and the options of `hf:owner/name,option=value`. Raises ValueError if malformed."""
+    # The parts of "hf:owner/name,split=test,take=100" stand between commas
+    name, *parts = given.removeprefix("hf:").split(",")
+    options = {}
+    for part in parts:
+        option, _, value = part.partition("=")
+        if option not in HUB_OPTIONS:
+            raise ValueError(f"{given}: `{option}` is unknown, a hub data set is {HUB_FORM}")
+        options[option] = value
+
+    # Every option needs a value, and `take` a positive number
+    take = options.get("take", "1")
+    if not name or "" in options.values() or not take.isdecimal() or int(take) < 1:
+        raise ValueError(f"{given}: a hub data set is {HUB_FORM}, N at least 1")
+    return name, options
+
+
+def _hub_rows(
+    given: str, name: str, options: dict[str, str], fields: tuple[str, ...]
+) -> Iterator[tuple[str, ...]]:
+    """Yield the fields of each row of a data set, as the rows arrive from the hub."""
+    datasets = import_extra("datasets", "hub", given)
+    take = None  # islice then goes on to the last row
+    if "take" in options:
+        take = int(options["take"])
     try:
         rows = datasets.load_dataset(
-            name, options.get("config"), split=options.get("split", "train"), revision=options.get("revision"),
-            streaming=True,
-        )  # fmt: skip
-        for n, row in enumerate(islice(rows, take), 1):
-            if missing := [field for field in fields if field not in row]:
-                raise ValueError(f"row {n} has no field `{missing[0]}`, but {', '.join(row)}")
-            yield [row[field] for field in fields]
-    except Exception as error:  # the library has its own, and so have those beneath it, for a hub out of reach
-        line = _first_line(error)
-        way = ": try revision=refs/convert/parquet, the hub's own copy without one" if "scripts are no" in line else ""
-        raise ValueError(f"{spec} can't be read: {line}{way}") from None
+            name, options.get("config"), split=options.get("split", "train"),
+            revision=options.get("revision"), streaming=True
+        )
+        for number, row in enumerate(islice(rows, take), 1):
+            yield _texts(row, fields, f"row {number}")
+    except Exception as error:
+        # datasets has errors of its own, and so have the libraries with which it reaches the hub
+        reason = first_line(error)
+        if "scripts are no" in reason:
+            reason += ": try revision=refs/convert/parquet, the hub's own copy without one"
+        raise ValueError(f"{given} can't be read: {reason}") from None
 
 
-# ---------------------------------------------------------------- the corpus on disk
+# ---- the corpus on disk --------------------------------------------------------------------------
 
-_FORMAT = 1  # of the cache file: header (3 int64: format, documents, tokens), tokens, starts (int64)
+# A cache file holds a header, the tokens of all documents, and the start of each document. The
+# header is three int64: this number of the format, the number of documents, the number of tokens.
+FORMAT = 1
+HEADER_BYTES = 3 * 8
 
 
 @dataclass(eq=False)
 class Corpus:
-    """Documents joined as BOS document EOS (what the tokenizer has of them), in one memory-mapped stream."""
+    """The tokens of all documents in one sequence: BOS document EOS, BOS document EOS, ...
 
-    tokens: np.ndarray  # (n_tokens,) uint16, or uint32 for a vocabulary beyond 65,535
+    Where the tokenizer has no BOS or no EOS, the documents are joined without it.
+    """
+
+    tokens: np.ndarray  # (n_tokens,), memory-mapped: uint16, or uint32 for a large vocabulary
     starts: np.ndarray  # (n_documents + 1,) int64: document i is tokens[starts[i] : starts[i + 1]]
     name: str
     has_bos: bool
     has_eos: bool
 
     def documents(self) -> list[np.ndarray]:
-        """The tokens of each document, without the BOS and EOS around them."""
-        tokens, starts = np.asarray(self.tokens), self.starts.tolist()
-        return [tokens[a + self.has_bos : b - self.has_eos] for a, b in zip(starts, starts[1:])]
+        """The tokens of each document, without BOS and EOS."""
+        # Slicing a plain array is faster than slicing a memory map. Nothing is copied here.
+        tokens = np.asarray(self.tokens)
+        documents = []
+        for start, end in pairwise(self.starts.tolist()):
+            if self.has_bos:
+                start += 1
+            if self.has_eos:
+                end -= 1
+            documents.append(tokens[start:end])
+        return documents
 
     def __len__(self) -> int:
         return len(self.tokens)
 
 
 def load_corpus(
-    paths: Sequence[str | Path] | None, tokenizer: Tokenizer, split: str = "all", cache: str | Path = _CACHE
+    paths: Sequence[str | Path] | None, tokenizer: Tokenizer, split: str = "all",
+    cache: str | Path = CACHE
 ) -> Corpus:
-    """The tokens of a split (see `read_documents`), from the cache if these very texts met this tokenizer before.
+    """The tokens of the documents of a split, for which see `read_documents`.
 
-    The texts are read twice, once for the name of the cache file, which is a hash of them, and once to be
-    tokenized; only a batch of them is in memory at a time.
+    They are kept in a file in the folder `cache`. The file is named after a hash of the texts and
+    the tokenizer, so it is used again only for the same texts and the same tokenizer.
     """
-    digest, characters = hashlib.sha256(f"{_FORMAT} {tokenizer.fingerprint}".encode()), 0
+    # Hash the texts one by one
+    digest = hashlib.sha256(f"{FORMAT} {tokenizer.fingerprint}".encode())
+    characters = 0
     for _, text in read_documents(paths, split):
         content = text.encode("utf-8")
-        digest.update(b"%d " % len(content) + content)  # the length: "ab", "c" is not "a", "bc"
+        # The length is hashed too, because the texts "ab", "c" are not the texts "a", "bc"
+        digest.update(f"{len(content)} ".encode())
+        digest.update(content)
         characters += len(text)
     path = Path(cache) / f"{digest.hexdigest()[:32]}.tokens"
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size < 65536 else np.uint32)
-    if not _complete(path, dtype):
-        _tokenize(path, read_documents(paths, split), tokenizer, dtype, characters)
-    _, n_documents, n_tokens = np.fromfile(path, np.int64, 3).tolist()
+
+    # Tokenize them, unless an earlier run did
+    corpus = _open_corpus(path, corpus_name(paths), tokenizer)
+    if corpus is None:
+        _write_corpus(path, read_documents(paths, split), tokenizer, characters)
+        corpus = _open_corpus(path, corpus_name(paths), tokenizer)
+    return corpus
+
+
+def _token_type(tokenizer: Tokenizer) -> np.dtype:
+    """The type that tokens are stored with."""
+    if tokenizer.vocab_size < 65536:
+        return np.dtype(np.uint16)
+    return np.dtype(np.uint32)
+
+
+def _open_corpus(path: Path, name: str, tokenizer: Tokenizer) -> Corpus | None:
+    """The corpus in a cache file, or None if the file is missing or damaged."""
+    if not path.is_file() or path.stat().st_size < HEADER_BYTES:
+        return None
+
+    # The header tells how long the file must be
+    file_format, n_documents, n_tokens = np.fromfile(path, np.int64, 3).tolist()
+    dtype = _token_type(tokenizer)
+    end_of_tokens = HEADER_BYTES + n_tokens * dtype.itemsize
+    end_of_file = end_of_tokens + (n_documents + 1) * 8
+    if file_format != FORMAT or path.stat().st_size != end_of_file:
+        return None
     return Corpus(
-        tokens=np.memmap(path, dtype, mode="r", offset=24, shape=(n_tokens,)),
-        starts=np.fromfile(path, np.int64, n_documents + 1, offset=24 + n_tokens * dtype.itemsize),
-        name=corpus_name(paths), has_bos=tokenizer.bos_id is not None, has_eos=tokenizer.eos_id is not None,
-    )  # fmt: skip
+        tokens=np.memmap(path, dtype, mode="r", offset=HEADER_BYTES, shape=(n_tokens,)),
+        starts=np.fromfile(path, np.int64, n_documents + 1, offset=end_of_tokens), name=name,
+        has_bos=tokenizer.bos_id is not None, has_eos=tokenizer.eos_id is not None
+    )
 
 
-def _complete(path: Path, dtype: np.dtype) -> bool:
-    """Whether a cache file is there and whole."""
-    if not path.is_file() or path.stat().st_size < 24:
-        return False
-    version, n_documents, n_tokens = np.fromfile(path, np.int64, 3).tolist()
-    return version == _FORMAT and path.stat().st_size == 24 + n_tokens * dtype.itemsize + (n_documents + 1) * 8
-
-
-def _tokenize(
-    path: Path, documents: Iterator[tuple[str, str]], tokenizer: Tokenizer, dtype: np.dtype, characters: int
+def _write_corpus(
+    path: Path, documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, characters: int
 ) -> None:
-    """Write the cache file; several processes may do so at once, each under its own temporary name."""
+    """Tokenize documents into a cache file.
+
+    Several processes may do this at the same time, because each writes a temporary file of its own.
+    characters: the length of all texts, for the progress bar.
+    """
+    dtype = _token_type(tokenizer)
     bos, eos = tokenizer.around
-    starts, batch = [0], []
+    starts = [0]
     with (
         tqdm(total=characters, desc="tokenizing", unit="char", unit_scale=True) as bar,
-        replacing(path) as temporary, open(temporary, "wb") as file,
-    ):  # fmt: skip
-        file.write(bytes(24))
-
-        def flush() -> None:
-            for ids in tokenizer.encode_batch(batch):
-                file.write(np.array(bos + ids + eos, dtype).tobytes())
-                starts.append(starts[-1] + len(bos + ids + eos))
-            bar.update(sum(map(len, batch)))
-            batch.clear()
-
-        for _, text in documents:
-            batch.append(text)
-            if sum(map(len, batch)) >= 2**18 or len(batch) == 256:
-                flush()
-        flush()
+        replacing(path) as temporary, open(temporary, "wb") as file
+    ):
+        # Leave room for the header, because its numbers are known only at the end
+        file.write(bytes(HEADER_BYTES))
+        for texts in _batches_of_texts(documents):
+            for ids in tokenizer.encode_batch(texts):
+                tokens = bos + ids + eos
+                file.write(np.array(tokens, dtype).tobytes())
+                starts.append(starts[-1] + len(tokens))
+            bar.update(_characters(texts))
         file.write(np.array(starts, np.int64).tobytes())
+
+        # Write the header into the room left for it
+        n_documents = len(starts) - 1
+        n_tokens = starts[-1]
         file.seek(0)
-        file.write(np.array([_FORMAT, len(starts) - 1, starts[-1]], np.int64).tobytes())
+        file.write(np.array([FORMAT, n_documents, n_tokens], np.int64).tobytes())
+
+
+def _batches_of_texts(documents: Iterable[tuple[str, str]]) -> Iterator[list[str]]:
+    """Yield the texts in batches: of 256, or of fewer if they are long, to save memory."""
+    batch = []
+    for _, text in documents:
+        batch.append(text)
+        if len(batch) == 256 or _characters(batch) >= 2**18:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _characters(texts: list[str]) -> int:
+    """The number of characters in all texts together."""
+    return sum(len(text) for text in texts)

@@ -1,18 +1,21 @@
-"""One run on many processes: who holds which part of the model, and states on disk that any number can take up.
+"""One run on many processes: who holds which part, and states that any number can resume.
 
-Read model.py and checkpoint.py first. train.py calls this file's functions; none of them knows of its loop.
+    model = sharded(config, weights, device, torch.bfloat16)   # FSDP2: each process keeps a part
+    save_state(out, step, model, optimizer, args)              # all processes write together
+    step = load_state(newest_state(out), model, optimizer)     # on any number of processes
 
-    model = sharded(config, weights, device, torch.bfloat16)     # FSDP2: each process reads and keeps its part
-    save_state(out, step, model, optimizer, args)                # all processes write, all or nothing appears
-    step = load_state(newest_state(out), model, optimizer)       # on any number of processes
-
-A state is a folder OUT/trainer/step-N of torch.distributed.checkpoint's files and args.json, the flags. It is written
-under a hidden name and renamed when whole, so that what bears its name can be resumed from, whatever happened.
+A state is a folder OUT/trainer/step-N with the files of torch.distributed.checkpoint and args.json,
+the run's flags. It is written under a hidden name and renamed when it is whole, so that every
+folder with such a name can be resumed from, whatever happened.
 """
 
 import errno
+import os
 import shutil
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -20,144 +23,241 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict,
-)  # fmt: skip
+    StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+)
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-import cost
+from cli import first_line, format_bytes, report_error, write_json
 from model import LLaMA, LLaMAConfig
+from tokenizer import Tokenizer
 
-# ---- one process among several -----------------------------------------------------------------------------------
+# ---- one process among several -------------------------------------------------------------------
 
 
 def rank() -> int:
+    """This process's number, 0 where it is alone."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def processes() -> int:
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def barrier() -> None:
+    """Wait until all processes are here."""
     if dist.is_initialized():
         dist.barrier()
 
 
+@contextmanager
+def process_group(device: str) -> Iterator[str]:
+    """Join the processes that torchrun started, if any; yield the name of this process's device.
+
+    Where another process is lost, the block ends with one line and exit code 1.
+    """
+    if "RANK" not in os.environ:
+        yield device
+        return
+    # Each process takes the GPU of its number, before it opens any other
+    wants_gpu = device == "auto" or device.startswith("cuda")
+    if wants_gpu and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    backend = "gloo"
+    if device.startswith("cuda"):
+        backend = "cpu:gloo,cuda:nccl"
+    # Hours, because the others wait while process 0 tokenizes the data
+    dist.init_process_group(backend, timeout=timedelta(hours=12))
+    try:
+        yield device
+        dist.barrier()  # gloo may abort when one process leaves while another still communicates
+    except RuntimeError as error:
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+        if not lost or processes() == 1:
+            raise
+        report_error(
+            f"process {rank()} lost another one; start all again, with --resume, to go on from "
+            f"the last checkpoint ({first_line(error)})"
+        )
+        sys.exit(1)
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def process_0_first() -> Iterator[None]:
+    """Process 0 runs the block first, and the others then find what it left in a cache."""
+    if rank() > 0:
+        barrier()
+    yield
+    if rank() == 0:
+        barrier()
+
+
 def mean_over_processes(x: Tensor) -> Tensor:
-    """x averaged over the processes, in place; x is on the CPU (gloo) or this process's GPU (NCCL)."""
+    """x averaged over the processes, in place; on the CPU (gloo) or this process's GPU (NCCL)."""
     if dist.is_initialized():
         dist.all_reduce(x)
         x /= dist.get_world_size()
     return x
 
 
-# ---- who holds what ----------------------------------------------------------------------------------------------
+# ---- who holds which part ------------------------------------------------------------------------
 
 
-def choose_dist(config: LLaMAConfig, there: float) -> tuple[str, str]:
-    """"ddp" where weights, gradients and optimizer fit a device of so many bytes, else "fsdp"; and why."""
+def choose_dist(config: LLaMAConfig, available: float) -> tuple[str, str]:
+    """The engine for a device of so many bytes, and the reason.
+
+    "ddp" where weights, gradients and optimizer fit with room for activations, else "fsdp".
+    """
     needed = 16 * config.n_params  # float32 weight, gradient and two moments
-    choice = "ddp" if needed < 0.6 * there else "fsdp"  # the rest is for activations
-    return choice, f"weights, gradients and optimizer take {cost.size(needed)}, a device has {cost.size(there)}"
+    choice = "fsdp"
+    if needed < 0.6 * available:  # the rest is for activations
+        choice = "ddp"
+    reason = f"weights, gradients and optimizer take {format_bytes(needed)}, "
+    reason += f"a device has {format_bytes(available)}"
+    return choice, reason
 
 
 def sharded(
-    config: LLaMAConfig, weights: Iterable[tuple[str, Tensor]], device: torch.device, dtype: torch.dtype
+    config: LLaMAConfig, weights: Iterable[tuple[str, Tensor]], device: torch.device,
+    dtype: torch.dtype
 ) -> LLaMA:
-    """The model cut into shards, one a process (FSDP2): each block is gathered when its turn comes and dropped after.
+    """The model cut into a part for each process (FSDP2). A block is gathered when its turn comes.
 
-    weights: name and tensor of each, on every process. Mapped from a file, a tensor costs what is read of it, and
-    each process reads its rows alone. Weights and moments are float32; what is gathered is dtype, gradients are
-    summed in float32. Blocks take their inputs as they are: the embedding's output is dtype, cos and sin are float32.
+    weights: name and tensor of each weight, on every process. A tensor that is mapped from a file
+    costs only what is read of it, and each process reads its own rows.
+    dtype: what is gathered and computed with. Weights and optimizer moments are float32, and
+    gradients are summed in float32.
     """
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes alone, so that no process holds the whole model
         model = LLaMA(config)
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for part in (*model.layers, model):
-        fully_shard(part, mp_policy=policy)
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # because cos and sin must stay float32
+    )
+    # The mesh names the device type; by default FSDP takes a GPU wherever the machine has one
+    mesh = init_device_mesh(device.type, (processes(),))
+    for block in model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
     model.to_empty(device=device)
+
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, whole in weights:
-            rows = whole.chunk(processes())  # FSDP's own cut, along the first dimension; there may be fewer
-            if rank() < len(rows):
-                parameters[name].to_local().copy_(rows[rank()])
+        for name, tensor in weights:
+            # FSDP cuts along the first dimension as `chunk` does; there may be fewer parts than
+            # processes
+            parts = tensor.chunk(processes())
+            if rank() < len(parts):
+                parameters[name].to_local().copy_(parts[rank()])
     return model
 
 
-def save_weights(model: torch.nn.Module, folder: Path, tokenizer) -> None:
-    """The weights as a Hugging Face folder, written by process 0, from wherever they are."""
-    raw = model.module if isinstance(model, DistributedDataParallel) else model
-    if isinstance(raw, FSDPModule):  # all processes bring their shards together in process 0's memory
-        weights = get_model_state_dict(raw, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        config = raw.config
+def save_weights(
+    model: torch.nn.Module, folder: Path, tokenizer: Tokenizer, dtype: torch.dtype | None = None
+) -> None:
+    """Write the weights as a Hugging Face folder, by process 0. All processes call it.
+
+    dtype: of the files; None: as in the model.
+    """
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    if isinstance(model, FSDPModule):
+        # All processes bring their parts together in process 0's memory
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(model, options=options)
+        config = model.config
         with torch.device("meta"):
-            raw = LLaMA(config)
+            model = LLaMA(config)
         if rank() == 0:
-            raw.load_state_dict(weights, assign=True)
-            if config.tie_embeddings:  # assigned one by one, the two are no longer one
-                raw.lm_head.weight = raw.embed_tokens.weight
+            model.load_state_dict(weights, assign=True)
+            if config.tie_embeddings:
+                # load_state_dict(assign=True) breaks the tie between head and embedding: tie them
+                # again
+                model.lm_head.weight = model.embed_tokens.weight
     if rank() == 0:
-        checkpoint.save(raw, folder, tokenizer)
+        checkpoint.save(model, folder, tokenizer, dtype=dtype)
 
 
-# ---- states on disk: OUT/trainer/step-N, whole or not there ------------------------------------------------------
+# ---- states on disk ------------------------------------------------------------------------------
 
 
 def states(out: Path) -> list[Path]:
     """The states of a run, the newest last."""
-    return sorted(out.glob("trainer/step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(out.glob("trainer/step-*"), key=step_of)
+
+
+def step_of(state: Path) -> int:
+    return int(state.name.removeprefix("step-"))
 
 
 def newest_state(out: Path) -> Path:
-    """The state to resume from. ValueError where there is none."""
-    if not states(out):
-        raise ValueError(f"--resume: {out} holds no run (no trainer/step-N): leave --resume out to start one")
-    return states(out)[-1]
+    """The state to resume from. Raises ValueError where there is none."""
+    found = states(out)
+    if not found:
+        raise ValueError(
+            f"--resume: {out} holds no run (no trainer/step-N): leave --resume out to start one"
+        )
+    return found[-1]
 
 
-def save_state(out: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, args: dict) -> None:
-    """Everything that a resumed run needs: weights, moments, the step and args, the flags; the last two are kept.
+def save_state(
+    out: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, args: dict
+) -> None:
+    """Save weights, optimizer moments, the step and the flags; the last two states are kept.
 
-    All processes call it. OSError if it can't be written: then what was there before is still there, whole.
+    All processes call it. Raises OSError if the state can't be written; what was saved before is
+    then still there, whole.
     """
-    final, temporary = out / f"trainer/step-{step}", out / f"trainer/.step-{step}.tmp"
-    if final.exists():
-        return  # just resumed from it
+    final = out / f"trainer/step-{step}"
+    temporary = out / f"trainer/.step-{step}.tmp"
+    if final.exists():  # the run was just resumed from it
+        return
     if rank() == 0:
-        remove_half_written(out)
+        remove_unfinished_states(out)
         temporary.mkdir(parents=True)
     barrier()
     weights, moments = get_state_dict(model, optimizer)
     try:
         dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary)
-    except dcp.api.CheckpointException as error:  # no Exception, and many lines
+    except dcp.api.CheckpointException as error:
+        # It is no Exception, and its message has many lines: report the first process's cause
         if rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         cause = next(iter(error.failures.values()))[0]
         number = getattr(cause, "errno", None) or errno.EIO
-        raise OSError(number, f"can't be saved ({cause}); what was saved before is whole", str(final)) from None
+        message = f"can't be saved ({cause}); what was saved before is whole"
+        raise OSError(number, message, str(final)) from None
     if rank() == 0:
-        checkpoint.write_json(temporary / "args.json", args)
+        write_json(temporary / "args.json", args)
         temporary.rename(final)
         for old in states(out)[:-2]:
-            hidden = old.with_name(f".{old.name}.tmp")  # renamed first: half a state never bears a state's name
+            # Rename before deleting, so that an interrupted delete cannot leave a broken state
+            # under a valid name
+            hidden = old.with_name(f".{old.name}.tmp")
             old.rename(hidden)
             shutil.rmtree(hidden)
     barrier()
 
 
-def remove_half_written(out: Path) -> None:
-    """Remove what killed runs left of states."""
-    for left in out.glob("trainer/.step-*.tmp"):
-        shutil.rmtree(left, ignore_errors=True)
+def remove_unfinished_states(out: Path) -> None:
+    """Remove what killed runs left behind while they wrote a state."""
+    for unfinished in out.glob("trainer/.step-*.tmp"):
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def load_state(state: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Put a state into model and optimizer, on any number of processes; the step it was saved at.
-    ValueError if it is another model's."""
+    """Put a state into model and optimizer; returns the step it was saved at.
+
+    The number of processes may differ from the one that saved it. Raises ValueError if the state is
+    of another model.
+    """
     weights, moments = get_state_dict(model, optimizer)
     try:
         dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=state)
@@ -167,4 +267,4 @@ def load_state(state: Path, model: torch.nn.Module, optimizer: torch.optim.Optim
             f"{state} does not hold this model and optimizer ({reason}): is --init another model?"
         ) from None
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
-    return int(state.name.removeprefix("step-"))
+    return step_of(state)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,18 +16,19 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
-import data
-import sequences
+import batches
 import train
 from conftest import log
+from parallel import states
+from tokenizer import load_tokenizer
 from model import PRESETS, LLaMA, LLaMAConfig
 
 pytestmark = pytest.mark.usefixtures("workplace")
 ROOT = Path(__file__).parent.parent
 TEXT = [str(ROOT / name) for name in ("rope.py", "model.py", "checkpoint.py", "data.py", "eval_ppl.py")]
 QUICK = [
-    "--short_share",
-    "0",
+    "--mix",
+    "text",
     "--data",
     *TEXT,
     "--batch_size",
@@ -109,9 +111,9 @@ def test_an_interrupted_run_resumes_bit_for_bit(base, monkeypatch, capsys, numbe
 def test_a_killed_run_resumes_from_its_last_whole_state(base):
     out = Path("killed")
     run(out, "--max_iters", "8", "--save_every", "2")
-    assert [state.name for state in train.states(out)] == ["step-6", "step-8"]  # the last two are kept
+    assert [state.name for state in states(out)] == ["step-6", "step-8"]  # the last two are kept
     # as if the process had died while it wrote the newest one: a temporary folder, and a log that runs ahead
-    train.states(out)[-1].rename(out / "trainer/.step-8.tmp")
+    states(out)[-1].rename(out / "trainer/.step-8.tmp")
     train.main(["--resume", "--out", str(out)])
     assert losses(log(out)) == losses(log(base))
 
@@ -139,6 +141,25 @@ def test_extension_is_written_where_every_tool_reads_it(base):
     assert checkpoint.load(out / "step-1").config.block_size == 512
 
 
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+def test_weights_are_written_in_the_dtype_of_the_source(base, stored, capsys):
+    source = Path(f"source-{stored}")
+    checkpoint.save(checkpoint.load(base), source, load_tokenizer(base), dtype=stored)
+    out = Path(f"out-{stored}")
+    run(out, "--init", str(source), "--scale", "2", "--max_iters", "2", "--save_at", "0,1")
+    for folder in (out, out / "step-0", out / "step-1"):
+        weights = load_file(folder / "model.safetensors")
+        assert {weight.dtype for weight in weights.values()} == {stored}
+    said = f"--save_dtype auto: weights are written in {str(stored).removeprefix('torch.')}"
+    assert (said in capsys.readouterr().err) == (stored != torch.float32)
+
+    # A run that goes on may change it. Between steps weights are float32 all the same.
+    train.main(["--resume", "--out", str(out), "--max_iters", "3", "--save_dtype", "float32"])
+    assert checkpoint.stored_dtype(out) == torch.float32
+    lost = checkpoint.load(out).norm.weight
+    assert not torch.equal(lost, lost.bfloat16().float())
+
+
 def test_direct_fine_tuning_leaves_positions_alone(base):
     out = Path("none-2")
     run(out, "--init", str(base), "--scale", "2", "--rope", "none", "--max_iters", "1")
@@ -148,46 +169,34 @@ def test_direct_fine_tuning_leaves_positions_alone(base):
 
 def test_no_passkey_beyond_the_original_window_in_fine_tuning(base, monkeypatch):
     drawn = []
-    real = sequences.sample_batch
+    real = batches.sample_batch
 
-    def spy(corpus, tokenizer, length, step, indices, *, seed, mix=sequences.Mix()):
+    def spy(corpus, tokenizer, length, step, indices, *, seed, mix=batches.Mix()):
         ids, targets = real(corpus, tokenizer, length, step, indices, seed=seed, mix=mix)
         drawn.append((length, len(ids), any("pass key" in tokenizer.decode(row.tolist()) for row in ids)))
         return ids, targets
 
-    monkeypatch.setattr(sequences, "sample_batch", spy)
-    # rope.py's beginning, which speaks of no passkey
-    monkeypatch.setattr(sequences, "_text", lambda corpus, n, rng: corpus.tokens[:n])
+    monkeypatch.setattr(batches, "sample_batch", spy)
     train.main(["--data", *TEXT, "--device", "cpu", "--init", str(base), "--scale", "2", "--out", "mix",
                 "--max_iters", "2", "--micro_batch_size", "2", "--eval_every", "9"])  # fmt: skip
     short = [found for length, _, found in drawn if length <= 256]
     long = [found for length, _, found in drawn if length == 512]
     assert any(short) and long and not any(long)
-    # half of the tokens of each batch (one is made ahead); validation reads at 512 too
+    # half of the tokens of each batch; validation reads at 512 too
     tokens = {size: sum(length * n for length, n, _ in drawn if (length <= 256) == size) for size in (True, False)}
-    assert tokens[True] == 3 * 8 * 512 and tokens[False] >= 3 * 8 * 512
+    assert tokens[True] == 2 * 8 * 512 and tokens[False] >= 2 * 8 * 512
 
 
 def test_the_papers_recipe_from_7b_on():
-    seven, thirty = (train.recipe(LLaMAConfig.preset(name), scratch=False) for name in ("llama-7b", "llama-33b"))
-    assert (seven["learning_rate"], seven["warmup_iters"], seven["max_iters"], seven["batch_size"]) == (
-        2e-5,
-        20,
-        1000,
-        64,
-    )
-    assert (seven["decay"], seven["short_share"], seven["passkey_share"], seven["repeat_share"]) == (
-        "constant",
-        0,
-        0,
-        0,
-    )
-    assert thirty["learning_rate"] == 1e-5
+    seven = train.recipe(LLaMAConfig.preset("llama-7b"), scratch=False)
+    assert seven == train.Recipe(1000, 64, 2e-5, 20, decay="constant", mix="text")
+    thirty = train.recipe(LLaMAConfig.preset("llama-33b"), scratch=False)
+    assert thirty == seven._replace(learning_rate=1e-5)
     assert train.recipe(LLaMAConfig.preset("llama3-8b"), scratch=False) == seven
 
 
 def test_warm_up_starts_at_ten_percent_and_ends_at_the_peak():
-    args = train.parse([])
+    args = SimpleNamespace()
     args.learning_rate, args.warmup_iters, args.max_iters, args.decay = 2e-5, 20, 1000, "constant"
     rates = [train.lr_at(step, args) for step in range(1000)]
     assert rates[0] == pytest.approx(2e-5 * (0.1 + 0.9 / 20))
@@ -202,7 +211,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_overwritten(base):
     with pytest.raises(ValueError, match="not finite"):
         train.main(["--resume", "--out", str(out), "--max_iters", "30", "--learning_rate", "1e18", "--grad_clip", "0"])
     assert (out / "model.safetensors").read_bytes() == before
-    assert [state.name for state in train.states(out)] == ["step-2"]
+    assert [state.name for state in states(out)] == ["step-2"]
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -212,12 +221,12 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_overwritten(base):
     (["--resume"], ["--resume", "--out"]),
     (["--resume", "--out", "nothing-here"], ["nothing-here", "--resume"]),
     (["--micro_batch_size", "0"], ["--micro_batch_size", "0"]),
-    (["--init", "BASE", "--scale", "2", "--short_share", "1"], ["--short_share 1", "less than 1"]),
+    (["--init", "BASE", "--scale", "2", "--batch_size", "1", "--mix", "retrieval"], ["--batch_size 1", "at least 2"]),
+    (["--init", "BASE", "--mix", "verse"], ["--mix", "retrieval"]),
     (["--batch_size", "0"], ["--batch_size", "0"]),
     (["--max_iters", "ten"], ["--max_iters", "ten"]),
     (["--learning_rate", "nan"], ["--learning_rate", "nan"]),
-    (["--passkey_share", "0.9", "--repeat_share", "0.2"], ["--passkey_share", "more than 1"]),
-    (["--save_at", "1,b"], ["--save_at", "1,b"]),
+    (["--save_at", "1,b"], ["--save_at", "'b'"]),
     (["--device", "warp"], ["--device warp"]),
     (["--data", "missing.txt"], ["missing.txt"]),
     (["--init", "BASE", "--scale", "-2"], ["scale", "-2"]),
@@ -262,7 +271,7 @@ def test_resuming_another_model_is_refused(base, monkeypatch):
 
 
 def test_a_tokenizer_that_is_too_large_is_refused(base, tmp_path):
-    tokenizer = data.load_tokenizer(base)
+    tokenizer = load_tokenizer(base)
     checkpoint.save(LLaMA(LLaMAConfig.preset("tiny", vocab_size=1000)), tmp_path / "small", tokenizer)
     with pytest.raises(ValueError, match="the tokenizer has 1024 tokens, the model 1000"):
         run(tmp_path / "out", "--init", str(tmp_path / "small"), "--scale", "2")

@@ -1,0 +1,48 @@
+"""train_flags.py: what is extended where --init is not given, and a run's own flags on --resume."""
+
+import json
+import os
+
+import pytest
+
+from train_flags import find_bases, parse
+
+
+def make_base(folder, age):
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    os.utime(folder / "config.json", (1e9 - age, 1e9 - age))
+
+
+def test_the_newest_base_is_extended(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_base(tmp_path / "out/demo/seed-0/base", age=50)
+    assert parse("", ["--scale", "2"]).init == "out/demo/seed-0/base"
+    assert "--init out/demo/seed-0/base: the newest base" in capsys.readouterr().err
+    make_base(tmp_path / "out/base", age=100)
+    make_base(tmp_path / "out/demo/seed-1/base", age=20)
+    assert [str(base) for base in find_bases()] == [
+        "out/base", "out/demo/seed-0/base", "out/demo/seed-1/base"
+    ]
+    assert parse("", ["--scale", "2"]).init == "out/demo/seed-1/base"
+    assert parse("", ["--rope", "none"]).init == "out/demo/seed-1/base"
+    assert parse("", ["--scale", "2", "--init", "out/base"]).init == "out/base"
+
+
+def test_without_a_base_one_line_says_how_to_make_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        parse("", ["--scale", "2"])
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "`python train.py`" in lines[0]
+    assert parse("", []).init == "scratch"
+
+
+def test_a_resumed_run_has_its_flags_unless_they_are_given_anew(tmp_path):
+    state = tmp_path / "trainer/step-4"
+    state.mkdir(parents=True)
+    kept = {"init": "a", "scale": 2.0, "max_iters": 8, "learning_rate": 0.5, "device": "auto", "out": str(tmp_path)}
+    (state / "args.json").write_text(json.dumps(kept))
+    args = parse("", ["--resume", "--out", str(tmp_path), "--max_iters", "9"])
+    assert (args.init, args.scale, args.learning_rate, args.max_iters) == ("a", 2.0, 0.5, 9)

@@ -1,0 +1,183 @@
+"""What train.py shows and records: its folder, log.jsonl, the progress bar, Ctrl-C."""
+
+import argparse
+import json
+import math
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cli import replacing
+from model import LLaMAConfig
+from parallel import mean_over_processes, processes, rank, states
+
+FLUSH_EVERY = (
+    10  # steps between two looks at the losses, because a look makes the CPU wait for the GPU
+)
+
+
+class Log:
+    """OUT/log.jsonl, one JSON object for each step, and the progress bar on standard error.
+
+    out: the run's folder.  first_step: the steps that are done already.  max_iters: the last step.
+    tokens: tokens of a step.  flops: FLOPs of a step.  peak_flops: those of one device per second
+    by its data sheet, None where they are not known.
+
+    All processes call it, because losses are averaged over them; process 0 writes. The losses stay
+    on the device until `flush`, which is the one place where the CPU waits for the device.
+    """
+
+    def __init__(
+        self, out: Path, *, first_step: int, max_iters: int, tokens: int, flops: float,
+        peak_flops: float | None
+    ) -> None:
+        self.path = out / "log.jsonl"
+        self.tokens = tokens
+        self.flops = flops
+        self.peak_flops = peak_flops
+        self.pending: list[dict] = []  # lines of steps that are not in the file yet
+        self.losses: list[Tensor] = []  # their losses, on the device
+        self.clock = time.perf_counter()  # when the first pending step began
+        if rank() == 0:
+            self._drop_lines_after(first_step)
+        self.bar = tqdm(total=max_iters, initial=first_step, unit="step", disable=rank() > 0)
+
+    def _drop_lines_after(self, step: int) -> None:
+        """Keep the lines up to a step: a resumed run writes the later ones again."""
+        kept = []
+        if step > 0 and self.path.exists():
+            for line in self.path.read_text().splitlines(keepends=True):
+                # A killed run may have left half a line
+                if line.endswith("\n") and json.loads(line)["iter"] <= step:
+                    kept.append(line)
+        with replacing(self.path) as temporary:
+            temporary.write_text("".join(kept))
+
+    def add(self, step: int, lr: float, loss: Tensor) -> None:
+        """Record a step that is done; loss is this process's, on the device."""
+        self.pending.append({"iter": step, "lr": lr, "tokens": step * self.tokens})
+        self.losses.append(loss)
+        self.bar.update()
+
+    def add_validation(self, loss: float) -> None:
+        """Record the validation loss of the step that was added last."""
+        step = self.pending[-1]["iter"]
+        self.pending[-1]["val_loss"] = loss
+        perplexity = math.exp(min(loss, 700))
+        if rank() == 0:
+            message = f"step {step}: validation loss {loss:.4f}, perplexity {perplexity:.2f}"
+            self.bar.write(message, sys.stderr)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop the clock: the time spent here is not training time."""
+        start = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - start
+
+    def flush(self) -> None:
+        """Bring the pending steps to the file. Raises ValueError if a loss is not finite."""
+        if not self.pending:
+            return
+        losses = mean_over_processes(torch.stack(self.losses)).tolist()
+        seconds = (time.perf_counter() - self.clock) / len(losses)  # of one step
+        speed = {
+            "tokens_per_second": round(self.tokens / seconds, 1),
+            "tflops": self.flops / seconds / 1e12,
+        }
+        if self.peak_flops:
+            speed["mfu"] = self.flops / seconds / (self.peak_flops * processes())
+        if rank() == 0:
+            with open(self.path, "a") as file:
+                for line, loss in zip(self.pending, losses):
+                    file.write(json.dumps(line | {"loss": loss} | speed) + "\n")
+        for line, loss in zip(self.pending, losses):
+            if not math.isfinite(loss):
+                raise ValueError(
+                    f"the loss at step {line['iter']} is not finite: lower --learning_rate; "
+                    f"{self.path.parent} keeps the checkpoint before it"
+                )
+
+        text = f"loss {losses[-1]:.3f}, {speed['tokens_per_second']:,.0f} tokens/s"
+        if self.peak_flops:
+            text += f", {speed['mfu']:.0%} MFU"
+        self.bar.set_postfix_str(text)
+        self.pending = []
+        self.losses = []
+        self.clock = time.perf_counter()
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def run_folder(args: argparse.Namespace, config: LLaMAConfig) -> Path:
+    """The run's folder. Raises ValueError if it holds another run."""
+    name = args.out
+    if name is None and args.init == "scratch":
+        name = "out/base"
+    elif name is None:
+        name = f"out/{config.rope}-{config.scale:g}"
+    out = Path(name)
+    if states(out) and not args.resume and not args.overwrite:
+        raise ValueError(
+            f"--out {out} holds a run: --resume to go on with it, --overwrite to start anew, "
+            "or another --out"
+        )
+    return out
+
+
+def prepare_folder(args: argparse.Namespace, out: Path) -> None:
+    """Make the run's folder; with --overwrite remove what an earlier run left in it."""
+    out.mkdir(parents=True, exist_ok=True)
+    if args.overwrite and not args.resume:
+        for old in (out / "trainer", *out.glob("step-*")):
+            shutil.rmtree(old, ignore_errors=True)
+
+
+class StopSignal:
+    """Catches Ctrl-C and SIGTERM, so that a run ends after the step at hand and saves.
+
+    A signal more than three seconds after the first one interrupts at once. An earlier one may be
+    torchrun's, which passes the terminal's signal on to processes that have it already.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0  # the signal that came first, 0 while there is none
+        self.time = 0.0
+        self.handlers = {}
+
+    def __enter__(self) -> "StopSignal":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.handlers[number] = signal.signal(number, self._catch)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def _catch(self, number: int, frame: object) -> None:
+        if self.number and time.monotonic() > self.time + 3:
+            raise KeyboardInterrupt
+        if not self.number:
+            self.number = number
+            self.time = time.monotonic()
+            if rank() == 0:
+                print("stopping after this step, then saving ...", file=sys.stderr)
+
+    def on_any_process(self) -> bool:
+        """Whether a signal has reached any process; all processes get the same answer."""
+        caught = torch.tensor([float(self.number > 0)])  # on the CPU, so that no GPU is waited for
+        return mean_over_processes(caught).item() > 0
+
+    @property
+    def exit_code(self) -> int:
+        """128 plus the signal, as shells have it; SIGTERM where another process caught it."""
+        return 128 + (self.number or signal.SIGTERM)

@@ -1,0 +1,117 @@
+"""What the training loop reads: rows of text or of reports, and each process's share of a batch.
+
+Rows are a pure function of (seed, step, index in the global batch); batches.py makes them.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from torch import Tensor
+
+import batches
+import data
+from model import LLaMAConfig
+from parallel import processes, rank
+from tokenizer import Tokenizer
+
+Batch = list[tuple[Tensor, Tensor]]  # micro batches of ids and targets, (B, T) each
+
+
+class Part(NamedTuple):
+    """One part of a global batch: so many rows of one length, made of one mix."""
+
+    length: int
+    rows: int
+    mix: batches.Mix
+
+
+class TextData:
+    """Rows of text, with the retrieval rows of a mix. Raises ValueError for too little text."""
+
+    def __init__(self, args: argparse.Namespace, config: LLaMAConfig, tokenizer: Tokenizer) -> None:
+        self.seed = args.seed
+        self.window = config.block_size
+        self.tokenizer = tokenizer
+        self.train = data.load_corpus(args.data, tokenizer, "train")
+        self.val = data.load_corpus(args.data, tokenizer, "val")
+        # Draw one row of each, so that too little data is found before anything is written
+        for corpus in (self.train, self.val):
+            batches.sample_batch(corpus, tokenizer, self.window, 0, [0], seed=0)
+
+    def rows(self, step: int, part: Part, indices: range) -> tuple[Tensor, Tensor]:
+        """Some rows of a step's global batch: ids and targets, (B, T) each."""
+        return batches.sample_batch(
+            self.train, self.tokenizer, part.length, step, indices, seed=self.seed, mix=part.mix
+        )
+
+    def held_out(self, index: int) -> tuple[Tensor, Tensor]:
+        """A row of validation text."""
+        return batches.sample_batch(self.val, self.tokenizer, self.window, 0, [index], seed=0)
+
+
+class ReportData:
+    """Reports with their summaries; every twentieth is held out where there are more than 20."""
+
+    def __init__(self, args: argparse.Namespace, config: LLaMAConfig, tokenizer: Tokenizer) -> None:
+        self.args = args
+        self.window = config.block_size
+        self.tokenizer = tokenizer
+        reports = data.read_reports(args.data, args.document_field, args.summary_field)
+        batches.check_reports(reports, tokenizer, self.window)
+        self.train = reports
+        self.val = reports
+        if len(reports) > 20:
+            self.val = reports[::20]
+            self.train = [report for i, report in enumerate(reports) if i % 20]
+
+    def rows(self, step: int, part: Part, indices: range) -> tuple[Tensor, Tensor]:
+        return self._sample(self.train, step, indices, self.args.batch_size, self.args.seed)
+
+    def held_out(self, index: int) -> tuple[Tensor, Tensor]:
+        return self._sample(self.val, index, range(1), 1, 0)
+
+    def _sample(
+        self, reports: list, step: int, indices: range, batch_size: int, seed: int
+    ) -> tuple[Tensor, Tensor]:
+        return batches.sample_reports(
+            reports, self.tokenizer, self.window, step, indices, batch_size=batch_size, seed=seed,
+            max_input=self.args.max_input
+        )
+
+
+def process_batch(
+    source: TextData | ReportData, step: int, parts: list[Part], micro_batch_size: int, pin: bool
+) -> Batch:
+    """This process's share of a step's global batch, in micro batches of about equally many tokens.
+
+    micro_batch_size: rows at a time of the longest part.  pin: put them in pinned memory, from
+    which a copy to the GPU need not be waited for.
+    """
+    made = []
+    longest = max(part.length for part in parts)
+    first = 0  # the index in the global batch where the part begins
+    for part in parts:
+        share = part.rows // processes()
+        start = first + rank() * share
+        size = micro_batch_size * (longest // part.length)
+        for i in range(start, start + share, size):
+            ids, targets = source.rows(step, part, range(i, min(i + size, start + share)))
+            if pin:
+                ids = ids.pin_memory()
+                targets = targets.pin_memory()
+            made.append((ids, targets))
+        first += part.rows
+    return made
+
+
+def prefetch(make: Callable[[int], Batch], first: int, last: int) -> Iterator[Batch]:
+    """Yield make(step) for first ... last - 1, each made in a thread while the step before runs."""
+    with ThreadPoolExecutor(1) as thread:
+        upcoming = thread.submit(make, first)
+        for step in range(first, last):
+            batch = upcoming.result()
+            if step + 1 < last:
+                upcoming = thread.submit(make, step + 1)
+            yield batch

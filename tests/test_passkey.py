@@ -1,9 +1,10 @@
-"""passkey.py: k_max on hand-made tables, retrieval by a model whose reach is known, and the command line."""
+"""passkey.py: k_max, retrieval by a model whose reach is known, and the command line."""
 
 import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,48 +12,84 @@ import pytest
 import torch
 
 import checkpoint
-import data
 import passkey
-import sequences
-from model import LLaMA, LLaMAConfig
+import prompts
+from conftest import assert_refused, random_model
+from tokenizer import Tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
+EVERYTHING = 10**6  # a reach beyond any prompt
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    texts = [sequences.passkey_text(f"{7919 * i % 100000:05d}", i, i) for i in range(12)]
-    return data.train_tokenizer(texts, 320)
+    texts = [prompts.passkey_text(f"{7919 * i % 100000:05d}", i, i) for i in range(12)]
+    return train_tokenizer(texts, 320)
+
+
+def in_a_sentence(key: str) -> str:
+    return f" {key}.\nThe grass"
 
 
 class Reader:
-    """In place of a model: finds the key where it is at most `reach` tokens from the end, and else says another."""
+    """In place of a model: tells the key at up to `reach` tokens from the end, else another one.
 
-    def __init__(self, tokenizer, reach, answer=" {key}.\nThe grass"):
-        self.tokenizer, self.reach, self.answer = tokenizer, reach, answer
+    answer: the text that it says for a key.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        reach: int = EVERYTHING,
+        answer: Callable[[str], str] = in_a_sentence,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.reach = reach
+        self.answer = answer
         self.config = SimpleNamespace(eos_id=tokenizer.eos_id)
         self.embed_tokens = SimpleNamespace(weight=torch.zeros(1))
-        self.shapes, self.keys, self.ks = [], [], []
+        self.lengths: list[int] = []  # of the prompts that it has read
+        self.keys: list[str] = []
+        self.ks: list[int] = []
+        self.steps = 0  # tokens that it has said to its last prompts
 
-    def stream(self, ids, n, eos_id=None):
-        assert ids[:, 0].eq(self.tokenizer.bos_id).all() and eos_id == self.tokenizer.eos_id
-        self.shapes.append(tuple(ids.shape))
-        said = []
+    def read(self, ids: list[int]) -> str:
+        """The key that it tells after one prompt."""
+        text = self.tokenizer.decode(ids)
+        assert text.startswith(prompts.TASK)
+        assert text.endswith(prompts.QUESTION)
+        line = r"The pass key is ([0-9]{5})\. Remember it\. \1 is the pass key\."
+        found = re.search(line, text)
+        key = found[1]
+        before = self.tokenizer.encode(text[: found.start()])
+        k = len(ids) - 1 - len(before)
+        self.lengths.append(len(ids))
+        self.keys.append(key)
+        self.ks.append(k)
+        if k <= self.reach:
+            return key
+        return f"{(int(key) + 1) % 100000:05d}"
+
+    def stream(
+        self, ids: torch.Tensor, n: int, eos_id: int | None = None
+    ) -> Iterator[torch.Tensor]:
+        assert ids[:, 0].eq(self.tokenizer.bos_id).all()
+        assert eos_id == self.tokenizer.eos_id
+        rows = []
         for row in ids.tolist():
-            text = self.tokenizer.decode(row)
-            assert text.startswith(sequences.TASK) and text.endswith(sequences.QUESTION)
-            key = re.search(r"The pass key is ([0-9]{5})\. Remember it\. \1 is the pass key\.", text)
-            k = len(row) - 1 - len(self.tokenizer.encode(text[: key.start()]))
-            self.keys.append(key[1])
-            self.ks.append(k)
-            answer = self.answer.format(key=key[1] if k <= self.reach else f"{(int(key[1]) + 1) % 100000:05d}")
-            said.append(self.tokenizer.encode(answer)[:n])
-        longest = max(map(len, said))
-        for step in range(longest):
-            yield torch.tensor([row[step] if step < len(row) else eos_id for row in said])
+            said = self.tokenizer.encode(self.answer(self.read(row)))[:n]
+            rows.append(said + [eos_id] * (n - len(said)))
+        self.steps = 0
+        for tokens in zip(*rows):
+            self.steps += 1
+            yield torch.tensor(tokens)
 
 
-# ---- k_max
+def small_model(tokenizer: Tokenizer):
+    return random_model(block_size=256, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
+
+
+# ---- k_max and the distances ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -70,21 +107,24 @@ class Reader:
     ],
 )
 def test_k_max(table, expected):
-    assert passkey.k_max([{"k": k, "success": success} for k, success in table.items()]) == expected
+    points = [{"k": k, "success": success} for k, success in table.items()]
+    assert passkey.k_max(points) == expected
 
 
 @pytest.mark.parametrize("tries", [5, 10, 15, 20, 25, 30, 35, 50])
 def test_one_in_five_is_enough_in_any_number_of_tries(tries):
-    points = [{"k": 1, "success": tries // 5 / tries}, {"k": 2, "success": (tries // 5 - 1) / tries}]
+    enough = tries // 5
+    points = [{"k": 1, "success": enough / tries}, {"k": 2, "success": (enough - 1) / tries}]
     assert passkey.k_max(points) == 1
 
 
 def test_distances():
     assert passkey.distances(8192) == list(range(256, 8193, 256))  # the paper's
-    assert passkey.distances(100, 3) == [33, 67, 100] and passkey.distances(4, 8) == [1, 2, 3, 4]
+    assert passkey.distances(100, 3) == [33, 67, 100]
+    assert passkey.distances(4, 8) == [1, 2, 3, 4]
 
 
-# ---- answers
+# ---- answers -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -108,235 +148,260 @@ def test_an_answer_is_right_by_its_first_five_digits(answer, right):
 
 
 def test_answers_are_those_of_greedy_generation(tokenizer):
-    """And stop early without changing what counts."""
-    model = make(tokenizer)
-    prompts = torch.randint(2, 300, (6, 40), generator=torch.Generator().manual_seed(0))
-    texts = passkey.answers(model, tokenizer, prompts)
-    for row, text in zip(prompts, texts):
-        whole = model.generate(row[None], passkey.ANSWER_TOKENS, eos_id=tokenizer.eos_id)[0, 40:].tolist()
-        whole = whole[: whole.index(tokenizer.eos_id)] if tokenizer.eos_id in whole else whole
-        assert tokenizer.decode(whole).startswith(text)
+    """They may end sooner, because decoding stops when no answer can change any more."""
+    model = small_model(tokenizer)
+    ids = torch.randint(2, 300, (6, 40), generator=torch.Generator().manual_seed(0))
+    texts = passkey.answers(model, tokenizer, ids)
+    for row, text in zip(ids, texts, strict=True):
+        whole = model.generate(row[None], passkey.ANSWER_TOKENS, eos_id=tokenizer.eos_id)
+        new = whole[0, 40:].tolist()
+        if tokenizer.eos_id in new:
+            new = new[: new.index(tokenizer.eos_id)]
+        assert tokenizer.decode(new).startswith(text)
 
 
-def test_decoding_stops_once_all_have_answered(tokenizer):
-    class Endless(Reader):
-        steps = 0
-
-        def stream(self, *args, **options):
-            for token in super().stream(*args, **options):
-                self.steps += 1
-                yield token
-
-    model = Endless(tokenizer, 10**6)
-    prompt = sequences.passkey_prompt(tokenizer, 200, 100, "00417")
+def test_decoding_stops_when_all_have_answered(tokenizer):
+    model = Reader(tokenizer)
+    prompt = prompts.passkey_prompt(tokenizer, 200, 100, "00417")
     assert passkey.answers(model, tokenizer, torch.tensor([prompt.ids])) == [" 00417"]
     assert model.steps == len(tokenizer.encode(" 00417"))
 
 
-# ---- retrieval
+# ---- retrieval -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reach", [0, 130, 180, 10**6])
+@pytest.mark.parametrize("reach", [0, 130, 180, EVERYTHING])
 def test_success_is_the_models_reach(tokenizer, reach):
     model = Reader(tokenizer, reach)
-    points = passkey.retrieve(model, tokenizer, 256, passkey.distances(256, 16), tries=4)
-    assert [p["k"] for p in points] == [k for k in passkey.distances(256, 16) if k >= points[0]["k"]]
+    ks = passkey.distances(256, 16)
+    points = passkey.retrieve(model, tokenizer, 256, ks, tries=4)
+    assert [point["k"] for point in points] == [k for k in ks if k >= points[0]["k"]]
     assert len(model.keys) == 4 * len(points)
+    inside = []
     for point in points:
-        assert point["success"] == (point["k_actual"] <= reach) == point["hits"] / 4 and point["tries"] == 4
+        assert point["success"] == (point["k_actual"] <= reach)
+        assert point["hits"] == 4 * point["success"]
+        assert point["tries"] == 4
         assert point["length"] <= 256 - passkey.ANSWER_TOKENS
-    inside = [p["k"] for p in points if p["k_actual"] <= reach]
-    assert passkey.k_max(points) == (max(inside) if inside else 0)
+        if point["success"]:
+            inside.append(point["k"])
+    assert passkey.k_max(points) == max(inside, default=0)
 
 
 def test_prompt_and_answer_fill_the_window_and_no_more(tokenizer):
-    model = Reader(tokenizer, 10**6)
+    model = Reader(tokenizer)
     points = passkey.retrieve(model, tokenizer, 300, [100, 150, 200, 300], tries=3)
-    lengths = [length for batch, length in model.shapes for _ in range(batch)]
-    assert 300 - 30 < min(lengths) and max(lengths) <= 300 - passkey.ANSWER_TOKENS
-    sentence = max(len(tokenizer.encode(" " + s)) for s in sequences.SENTENCES)
-    assert all(abs(p["k"] - p["k_actual"]) <= sentence for p in points[:3])
-    assert {float(k) for k in model.ks} == {p["k_actual"] for p in points}  # as the prompts themselves say
+    assert 300 - 30 < min(model.lengths)
+    assert max(model.lengths) <= 300 - passkey.ANSWER_TOKENS
+    # Filler comes in whole sentences, so k may be off by one; the results tell the k of the prompts
+    sentences = re.split(r"(?<=\.) ", prompts.FILLER)
+    longest = max(len(tokenizer.encode(" " + sentence)) for sentence in sentences)
+    for point in points[:3]:
+        assert abs(point["k"] - point["k_actual"]) <= longest
+    assert {float(k) for k in model.ks} == {point["k_actual"] for point in points}
 
 
 def test_keys_come_from_seed_length_and_k(tokenizer):
-    def keys(ks, seed=0, length=256, batch_tokens=10**6):
-        model = Reader(tokenizer, 150)
+    def asked(ks, seed=0, length=256, batch_tokens=10**6) -> tuple[list[dict], set[str]]:
+        model = Reader(tokenizer, reach=150)
         points = passkey.retrieve(model, tokenizer, length, ks, 5, seed, batch_tokens=batch_tokens)
         return points, set(model.keys)
 
-    assert keys([100, 200]) == keys([100, 200]) == keys([100, 200], batch_tokens=1)
-    assert len(keys([100, 200])[1]) == 10  # each prompt has its own
-    assert keys([100])[1] < keys([100, 200])[1] and keys([100])[0] == keys([100, 200])[0][:1]
-    assert not keys([100])[1] & keys([100], seed=1)[1] and not keys([100])[1] & keys([100], length=300)[1]
+    both = asked([100, 200])
+    assert both == asked([100, 200]) == asked([100, 200], batch_tokens=1)
+    assert len(both[1]) == 10  # each prompt has its own key
+    # Whatever else is tested, the keys of a distance stay
+    points, keys = asked([100])
+    assert points == both[0][:1]
+    assert keys < both[1]
+    assert not keys & asked([100], seed=1)[1]
+    assert not keys & asked([100], length=300)[1]
 
 
-def test_zeros_in_front_belong_to_the_key(tokenizer, monkeypatch):
-    monkeypatch.setattr(passkey, "random_key", lambda rng: "00007")
-    answers = {" {key}": 1, " 7": 0, " 07": 0, " 0000": 0, " 00007 00008": 1, " 00008 00007": 0}
-    for answer, success in answers.items():
-        points = passkey.retrieve(Reader(tokenizer, 10**6, answer), tokenizer, 200, [120], tries=2)
-        assert points[0]["success"] == success, answer
+@pytest.mark.parametrize(
+    "answer, success",
+    [
+        (lambda key: key, 1),
+        (lambda key: f" {key} 00008", 1),
+        (lambda key: f" 00008 {key}", 0),
+        (lambda key: f" {key[:4]}", 0),
+        (lambda key: "", 0),
+    ],
+)
+def test_the_answer_must_begin_with_the_key(tokenizer, answer, success):
+    model = Reader(tokenizer, answer=answer)
+    [point] = passkey.retrieve(model, tokenizer, 200, [120], tries=2)
+    assert point["success"] == success
 
 
-def test_too_small_a_k_is_left_out(tokenizer):
-    model = Reader(tokenizer, 10**6)
+def test_zeros_at_the_front_belong_to_the_key(tokenizer):
+    model = Reader(tokenizer, answer=lambda key: f" {int(key)}.")
+    [point] = passkey.retrieve(model, tokenizer, 200, [120], tries=60)
+    with_zeros = [key for key in model.keys if key.startswith("0")]
+    assert 0 < len(with_zeros) < 60
+    assert point["hits"] == 60 - len(with_zeros)
+
+
+def test_a_k_that_is_too_small_is_left_out(tokenizer):
+    model = Reader(tokenizer)
     points = passkey.retrieve(model, tokenizer, 256, [1, 8, 128], tries=2)
-    assert [p["k"] for p in points] == [128] and passkey.k_max(points) == 128
+    assert [point["k"] for point in points] == [128]
+    assert passkey.k_max(points) == 128
     assert passkey.retrieve(model, tokenizer, 20, [5, 20], tries=2) == []
 
 
-# ---- the command line
-
-
-def make(tokenizer, **changes):
-    """A small model with random weights everywhere (a new one's head is zero)."""
-    torch.manual_seed(0)
-    shape = dict(vocab_size=320, n_layer=2, n_head=2, n_embd=32, intermediate_size=48, block_size=256)
-    model = LLaMA(LLaMAConfig(**shape | changes, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    return model
+# ---- the command line ----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def folder(tokenizer, tmp_path_factory):
     """Two checkpoints: `base`, and `pi`, its window extended twofold."""
     folder = tmp_path_factory.mktemp("passkey")
-    checkpoint.save(make(tokenizer), folder / "base", tokenizer)
+    checkpoint.save(small_model(tokenizer), folder / "base", tokenizer)
     checkpoint.save(checkpoint.load(folder / "base", scale=2), folder / "pi", tokenizer)
     return folder
 
 
 @pytest.fixture
-def run(folder, monkeypatch, capsys, tmp_path):
-    """Run the script in this process, with results in tmp_path: (exit code, stdout, stderr)."""
+def run(folder, monkeypatch, command, tmp_path):
+    """run(*flags) runs the script in `folder`, with its results in tmp_path."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["passkey.py"])
 
-    def run(*args, outputs=True):
-        where = ["--json", str(tmp_path / "k.json"), "--plot", str(tmp_path / "k.png")] if outputs else []
-        try:
-            checkpoint.run(lambda: passkey.main(["--device", "cpu", *args, *where]))
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
+    def call(*flags: object):
+        outputs = ["--json", tmp_path / "k.json", "--plot", tmp_path / "k.png"]
+        return command(passkey.main, "--device", "cpu", *outputs, *flags)
 
-    return run
+    return call
 
 
 def test_the_script_from_end_to_end(folder):
-    done = subprocess.run(
-        [sys.executable, ROOT / "passkey.py", "--init", "base", "--distances", "8", "--tries", "2"],
-        cwd=folder, capture_output=True, text=True,
-    )  # fmt: skip
+    line = [sys.executable, ROOT / "passkey.py", "--init", "base"]
+    line += ["--distances", "8", "--tries", "2"]
+    done = subprocess.run(line, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (folder / "base/passkey.png").read_bytes().startswith(b"\x89PNG")
     result = json.loads((folder / "base/passkey.json").read_text())
-    assert {"init": "base", "rope": "none", "scale": 1, "window": 256, "tries": 2, "k_max": 0}.items() <= result.items()
-    assert result["skipped"] == [32] and "k = 32 left out" in done.stderr
-    assert [p["k"] for p in result["points"]] == list(range(64, 257, 32))
+    expected = {"init": "base", "rope": "none", "scale": 1, "window": 256, "tries": 2, "k_max": 0}
+    assert expected.items() <= result.items()
+    assert result["skipped"] == [32]
+    assert "k = 32 left out" in done.stderr
+    assert [point["k"] for point in result["points"]] == list(range(64, 257, 32))
     for point in result["points"]:
-        assert {"k", "success", "k_actual", "length"} <= set(point) and 0 <= point["success"] <= 1
+        assert {"k", "success", "k_actual", "length"} <= set(point)
+        assert 0 <= point["success"] <= 1
         assert re.search(rf"^ *{point['k']} +0%$", done.stdout, re.M)
 
 
 def test_a_model_that_knows_is_seen_to_know(run, tmp_path, tokenizer, monkeypatch):
-    """The script's k_max with a model of known reach in place of the checkpoint's."""
-    monkeypatch.setattr(passkey, "open_checkpoint", lambda args, name: (Reader(tokenizer, 300), tokenizer))
-    code, out, err = run("--init", "base", "--scale", "2", "--tries", "2")
+    """The script reports the reach of a model that takes the place of the checkpoint's."""
+    reader = Reader(tokenizer, reach=300)
+    reader.config = checkpoint.read_config("base", scale=2)
+    monkeypatch.setattr(passkey, "open_checkpoint", lambda args, name: (reader, tokenizer))
+    ended = run("--init", "base", "--scale", "2", "--tries", "2")
+    assert ended.code == 0, ended.error
     result = json.loads((tmp_path / "k.json").read_text())
-    assert code == 0 and (result["rope"], result["scale"], result["window"]) == ("linear", 2, 512)
-    inside = [p["k"] for p in result["points"] if p["k_actual"] <= 300]
-    assert result["k_max"] == max(inside) and abs(result["k_max"] - 300) < 40
-    assert out.splitlines()[-2].split()[-1] == str(result["k_max"])
+    assert (result["rope"], result["scale"], result["window"]) == ("linear", 2, 512)
+    inside = [point["k"] for point in result["points"] if point["k_actual"] <= 300]
+    assert result["k_max"] == max(inside)
+    assert abs(result["k_max"] - 300) < 40
+    table_row = ended.out.splitlines()[-2]
+    assert table_row.split()[-1] == str(result["k_max"])
 
 
-@pytest.mark.parametrize("init", [["base"], ["base", "pi"], ["base,pi"]])
-@pytest.mark.parametrize("lengths", [[], ["--lengths", "160,256"]])
-def test_curves_and_heat_maps_side_by_side(run, tmp_path, init, lengths):
-    code, out, _ = run("--init", *init, *lengths, "--distances", "4", "--tries", "1")
-    assert code == 0 and (tmp_path / "k.png").stat().st_size > 10_000
-    result = json.loads((tmp_path / "k.json").read_text())
-    results = result if isinstance(result, list) else [result]
-    assert [r["init"] for r in results] == ",".join(init).split(",")
-    assert [r["window"] for r in results] == [256 if lengths or r["init"] == "base" else 512 for r in results]
-    for r in results:
-        assert [run["length"] for run in r["lengths"]] == ([160, 256] if lengths else [r["window"]])
-        assert r["lengths"][-1]["points"] == r["points"]
-    assert len(re.findall(r"^(?:base|pi) ", out, re.M)) == len(results) * (2 if lengths else 1)
-
-
-@pytest.mark.parametrize("lengths", [[], ["--lengths", "256,512"]])
-def test_over_steps(run, folder, tmp_path, tokenizer, monkeypatch, lengths):
-    """The paper's table 4: a row for each run (and length), a column for each step, k_max in it."""
-    reach = {"PI/step-0": 0, "PI/step-9": 300, "PI/step-10": 10**6, "direct/step-9": 200}
-    init = sorted(f"{tmp_path}/{name}" for name in reach)  # step-10 before step-9
-    for name in reach:
-        method = "none" if "direct" in name else "linear"
-        checkpoint.save(checkpoint.load(folder / "base", scale=2, rope=method), tmp_path / name, tokenizer)
-    known = {f"{tmp_path}/{name}": (Reader(tokenizer, k), tokenizer) for name, k in reach.items()}
-    monkeypatch.setattr(passkey, "open_checkpoint", lambda args, name: known[name])
-    code, out, err = run("--init", *init, *lengths, "--distances", "16", "--tries", "2")
-    assert code == 0, err
+@pytest.mark.parametrize("init", [["base"], ["base", "pi"]])
+@pytest.mark.parametrize("lengths", [[], ["160,256"], ["256", "160"]])
+def test_one_length_or_several_side_by_side(run, tmp_path, init, lengths):
+    flags = ["--init", *init, "--distances", "4", "--tries", "1"]
+    if lengths:
+        flags += ["--lengths", *lengths]
+    ended = run(*flags)
+    assert ended.code == 0, ended.error
+    assert (tmp_path / "k.png").stat().st_size > 10_000
     results = json.loads((tmp_path / "k.json").read_text())
-    order = [(Path(r["init"]).parent.name, r["steps"]) for r in results]
-    assert order == [("PI", 0), ("PI", 10), ("PI", 9), ("direct", 9)]
-    best = {(r["rope"], r["steps"], of["length"]): of["k_max"] for r in results for of in r["lengths"]}
-    assert best["linear", 0, 512] == 0 and best["linear", 10, 512] == 512
+    if len(init) == 1:
+        results = [results]
+    assert [result["init"] for result in results] == init
+    for result in results:
+        tested = [at_length["length"] for at_length in result["lengths"]]
+        if lengths:
+            assert tested == [160, 256]
+        else:  # the window in force
+            assert tested == [{"base": 256, "pi": 512}[result["init"]]]
+        # The figures of the longest stand at the top level
+        assert result["window"] == tested[-1]
+        assert result["points"] == result["lengths"][-1]["points"]
+        assert result["k_max"] == result["lengths"][-1]["k_max"]
+        rows = re.findall(rf"^{result['init']} ", ended.out, re.M)
+        assert len(rows) == len(tested)
+
+
+@pytest.mark.parametrize("lengths", [[512], [256, 512]])
+def test_over_steps(run, folder, tmp_path, tokenizer, monkeypatch, lengths):
+    """The paper's table 4: a row for each run and length, a column for each step, k_max in it."""
+    reach = {"PI/step-0": 0, "PI/step-9": 300, "PI/step-10": EVERYTHING, "direct/step-9": 200}
+    known = {}
+    for name, k in reach.items():
+        rope = "none" if "direct" in name else "linear"
+        model = checkpoint.load(folder / "base", scale=2, rope=rope)
+        checkpoint.save(model, tmp_path / name, tokenizer)
+        reader = Reader(tokenizer, reach=k)
+        reader.config = model.config
+        known[f"{tmp_path}/{name}"] = (reader, tokenizer)
+    monkeypatch.setattr(passkey, "open_checkpoint", lambda args, name: known[name])
+    init = sorted(known)
+    flags = ["--distances", "16", "--tries", "2"]
+    if len(lengths) > 1:
+        flags += ["--lengths", *lengths]
+    ended = run("--init", *init, *flags)
+    assert ended.code == 0, ended.error
+
+    # The results are in the order of --init: step-10 before step-9
+    results = json.loads((tmp_path / "k.json").read_text())
+    assert [result["init"] for result in results] == init
+    assert [result["steps"] for result in results] == [0, 10, 9, 9]
+    best = {}
+    for result in results:
+        for at_length in result["lengths"]:
+            best[result["rope"], result["steps"], at_length["length"]] = at_length["k_max"]
+    assert best["linear", 0, 512] == 0
+    assert best["linear", 10, 512] == 512
     assert 0 < best["none", 9, 512] < best["linear", 9, 512] < 512
-    lines = [line.replace("(linear, scale 2)", "").replace("(none, scale 2)", "").split() for line in out.splitlines()]
-    for length in (256, 512) if lengths else (512,):
-        row = [f"{tmp_path}/PI", str(length)]
-        assert [*row, *(str(best["linear", steps, length]) for steps in (0, 9, 10))] in lines
-        assert [f"{tmp_path}/direct", str(length), "-", str(best["none", 9, length]), "-"] in lines
+
+    rows = [re.split("  +", line) for line in ended.out.splitlines()]
+    assert ["run", "length", "step 0", "step 9", "step 10"] in rows
+    for length in lengths:
+        row = [f"{tmp_path}/PI (linear, scale 2)", str(length)]
+        row += [str(best["linear", steps, length]) for steps in (0, 9, 10)]
+        assert row in rows
+        row = [f"{tmp_path}/direct (none, scale 2)", str(length)]
+        row += ["-", str(best["none", 9, length]), "-"]
+        assert row in rows
     assert (tmp_path / "k.png").stat().st_size > 10_000
 
 
-def test_the_picture_over_steps():
-    _, (axis,) = passkey.new_figure(1)
-    passkey.draw_over_steps(axis, [("PI", 512, {0: 0, 200: 512})], [{"original_window": 256}])
-    curve, original = axis.lines
-    assert [list(values) for values in curve.get_data()] == [[0, 200], [0, 512]]
-    assert list(original.get_ydata()) == [256, 256]
-    assert axis.get_ylim()[0] < 0 and axis.get_ylim()[1] > 512  # neither end hides a point
-
-
-def test_the_heat_map_shows_the_points():
-    tables = {128: (64, {64: 0.5, 96: 0.1, 128: 1.0}), 250: (188, {62: 0.25, 188: 0.75})}
-    runs = [
-        {"length": length, "k_max": best, "points": [{"k": k, "success": success} for k, success in found.items()]}
-        for length, (best, found) in tables.items()
-    ]
-    result = {"init": "x", "rope": "none", "scale": 1, "original_window": 128, "distances": 4, "lengths": runs}
-    figure, (axis,) = passkey.new_figure(1)
-    grid = passkey.draw_heat_map(axis, result).get_array().filled(-1)
-    assert grid.tolist() == [[-1, 0.25], [0.5, -1], [0.1, 0.75], [1, -1]]
-
-
 @pytest.mark.parametrize(
-    "args, says",
+    "arguments, says",
     [
         (["--init", "nowhere"], "nowhere"),
         (["--init", "base", "nowhere"], "nowhere"),
-        (["--lengths", "512"], "--scale 2 interpolates to it, --scale 2 --rope none extrapolates"),
+        (["--init", "base,pi"], "base,pi"),  # several are given with spaces
+        (["--lengths", "512"], "--lengths 512 is beyond the window of base, 256: --scale 2 interp"),
         (["--init", "pi", "--lengths", "256,1024"], "--scale 4 allows it"),
-        (["--lengths", "0"], "--lengths"),
-        (["--lengths", "half"], "half"),
-        (["--tries", "0"], "--tries"),
-        (["--distances", "0"], "--distances"),
+        (["--lengths", "0"], "--lengths takes whole numbers of at least 1, got '0'"),
+        (["--lengths", "half"], "--lengths takes whole numbers of at least 1, got 'half'"),
+        (["--tries", "0"], "argument --tries: must be a whole number of at least 1, got 0"),
+        (["--distances", "0"], "argument --distances: must be a whole number of at least 1, got 0"),
         (["--scale", "-1"], "scale"),
         (["--rope", "alibi"], "alibi"),
-        (["--batch_size", "0"], "--batch_size"),
-        (["--plot", "k"], ".png"),
-        (["--json", "base"], "--json"),
-        (["--lengths", "40"], "40 tokens are too few"),
+        (["--batch_size", "0"], "argument --batch_size: must be a whole number of at least 1"),
+        (["--plot", "k"], "argument --plot: k must end in .png or .svg or .pdf"),
+        (["--json", "base"], "argument --json: base must end in .json"),
+        (["--lengths", "40"], "base: 40 tokens are too few for prompt and answer"),
     ],
 )
-def test_bad_input_is_refused_in_one_line(run, folder, args, says):
+def test_bad_input_is_refused(folder, monkeypatch, command, arguments, says):
+    monkeypatch.chdir(folder)
     before = sorted(folder.rglob("*"))
-    code, out, err = run("--init", "base", *args, outputs=False)
+    ended = command(passkey.main, "--device", "cpu", "--init", "base", *arguments)
+    assert_refused(ended, "passkey.py", says)
     assert sorted(folder.rglob("*")) == before  # nothing is written
-    assert code == 2 and out == ""
-    assert err.startswith("passkey.py: error: ") and err.count("\n") == 1 and says in err

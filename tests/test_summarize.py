@@ -1,8 +1,10 @@
-"""summarize.py: a tiny model that knows its reports by heart, ROUGE against the library itself, runs that resume."""
+"""summarize.py: a tiny model that knows its reports, ROUGE beside the library, runs that resume."""
 
+import itertools
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,293 +12,448 @@ import pytest
 import torch
 
 import checkpoint
-import sequences
+import prompts
 import summarize
+from batches import sample_reports
 from conftest import english
 from model import LLaMA, LLaMAConfig
 
 pytest.importorskip("rouge_score")
 ROOT = Path(__file__).resolve().parent.parent
 WINDOW = 160
-REPORTS = [
-    (english(20 + 12 * i, seed=i), summary)
-    for i, summary in enumerate([
-        "The key is 417 and the sky is blue.\nIt was the worst of times.",
-        "Grass is green; there and back again.",
-        "Find the hidden info, memorize it, and I will quiz you.",
-        "The sun is yellow.\nHere we go again.",
-        "Irrelevant text. Lots of it, 90210 times.",
-    ])
-]  # fmt: skip
+SUMMARIES = [
+    "The key is 417 and the sky is blue.\nIt was the worst of times.",
+    "Grass is green; there and back again.",
+    "Find the hidden info, memorize it, and I will quiz you.",
+    "The sun is yellow.\nHere we go again.",
+    "Irrelevant text. Lots of it, 90210 times.",
+]
+REPORTS = [(english(20 + 12 * i, seed=i), summary) for i, summary in enumerate(SUMMARIES)]
+RANDOM = ("--temperature", "4", "--top_p", "1")  # texts that differ wherever they can
 
 
 @pytest.fixture(scope="module")
-def folder(tok, tmp_path_factory):
-    """A checkpoint that was trained on REPORTS until it knew their summaries, and reports.jsonl beside it."""
-    place = tmp_path_factory.mktemp("summaries")
+def folder(tok, tmp_path_factory) -> Path:
+    """model: trained on REPORTS until it knows their summaries.  reports.jsonl: the reports."""
+    folder = tmp_path_factory.mktemp("summaries")
     torch.manual_seed(0)
-    ends = dict(bos_id=tok.bos_id, eos_id=tok.eos_id)
-    model = LLaMA(LLaMAConfig(vocab_size=tok.vocab_size, n_layer=2, n_head=4, n_embd=64, intermediate_size=128,
-                              block_size=WINDOW, **ends))  # fmt: skip
+    config = LLaMAConfig(
+        vocab_size=tok.vocab_size,
+        n_layer=2,
+        n_embd=64,
+        intermediate_size=128,
+        block_size=WINDOW,
+        bos_id=tok.bos_id,
+        eos_id=tok.eos_id,
+    )
+    model = LLaMA(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    options = dict(batch_size=5, seed=0, max_input=60)
     for step in range(120):
-        x, y = sequences.sample_reports(REPORTS, tok, WINDOW, step, range(5), batch_size=5, seed=0, max_input=60)
+        x, y = sample_reports(REPORTS, tok, WINDOW, step, range(5), **options)
         loss = model(x, y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.05
-    checkpoint.save(model, place / "model", tok)
-    write_reports(place / "reports.jsonl", REPORTS)
-    return place
+    checkpoint.save(model, folder / "model", tok)
+    write_reports(folder / "reports.jsonl", REPORTS)
+    return folder
 
 
-def write_reports(path, reports):
-    path.write_text("".join(json.dumps({"document": d, "summary": s}) + "\n" for d, s in reports))
+def write_reports(path: Path, reports: list[tuple[str, str]]) -> None:
+    rows = [{"document": document, "summary": summary} for document, summary in reports]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def run(folder, out, *more):
-    """summarize.main on the reports; the lines of its texts."""
-    summarize.main([
-        "--init", str(folder / "model"), "--data", str(folder / "reports.jsonl"), "--max_input", "60",
-        "--max_new_tokens", "50", "--device", "cpu", "--out", str(out), "--json", str(out.with_suffix(".json")), *more,
-    ])  # fmt: skip
-    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+def run(folder: Path, out: Path, *flags: str) -> list[dict]:
+    """Run the script on the reports; returns the lines of its file of summaries."""
+    argv = ["--init", str(folder / "model"), "--data", str(folder / "reports.jsonl")]
+    argv += ["--max_input", "60", "--max_new_tokens", "50", "--device", "cpu"]
+    argv += ["--out", str(out), "--json", str(out.with_suffix(".json"))]
+    argv += flags
+    summarize.main(argv)
+    return read_lines(out)
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def summaries(lines: list[dict]) -> dict[int, str]:
+    return {line["index"]: line["summary"] for line in lines}
+
+
+# ---- the summaries -------------------------------------------------------------------------------
 
 
 def test_summaries_known_by_heart_and_rouge_as_the_library_has_it(folder, tmp_path, capsys):
     from rouge_score import rouge_scorer
 
-    lines = sorted(run(folder, tmp_path / "a.jsonl", "--temperature", "0.1"), key=lambda line: line["index"])
+    lines = run(folder, tmp_path / "a.jsonl", "--temperature", "0.1")
+    lines.sort(key=lambda line: line["index"])
     assert [line["index"] for line in lines] == list(range(5))
-    assert [line["reference"] for line in lines] == [summary for _, summary in REPORTS]
-    assert all(document.startswith(line["document"]) for line, (document, _) in zip(lines, REPORTS))
+    assert [line["reference"] for line in lines] == SUMMARIES
+    for line, (document, _) in zip(lines, REPORTS):
+        assert document.startswith(line["document"])
     assert sum(line["summary"] == line["reference"] for line in lines) >= 4
 
     result = json.loads((tmp_path / "a.json").read_text())
-    kinds = ["rouge1", "rouge2", "rougeL", "rougeLsum"]  # some of the references have lines
+    kinds = ["rouge1", "rouge2", "rougeL", "rougeLsum"]  # some of the references have two lines
     scorer = rouge_scorer.RougeScorer(kinds, use_stemmer=True)
     scores = [scorer.score(line["reference"], line["summary"]) for line in lines]
-    assert list(result["rouge"]) == kinds and result["documents"] == 5
+    assert list(result["rouge"]) == kinds
+    assert result["documents"] == 5
     for kind in kinds:
         mean = 100 * np.mean([score[kind].fmeasure for score in scores])
-        assert result["rouge"][kind]["f"] == pytest.approx(mean) and mean > 80
+        assert mean > 80
+        assert result["rouge"][kind]["f"] == pytest.approx(mean)
         assert result["rouge"][kind]["low"] <= mean <= result["rouge"][kind]["high"]
     printed = capsys.readouterr().out
-    assert "the paper's figure" in printed and "60.0" in printed and "28.0" in printed and "29.5" in printed
+    for text in ("5 documents cut to 60 tokens", "the paper's figure", "60.0", "28.0", "29.5"):
+        assert text in printed
     assert f"{result['rouge']['rouge2']['f']:.1f} [" in printed
 
 
-def test_an_interrupted_run_goes_on_with_the_same_texts(folder, tmp_path, monkeypatch):
-    options = ("--temperature", "4", "--top_p", "1", "--batch_size", "2")  # as random as can be
-    whole = tmp_path / "whole.jsonl"
-    lines = run(folder, whole, *options)
-    assert len({line["summary"] for line in lines}) == 5
-    write, calls = summarize.write, []
+def test_summaries_depend_on_seed_and_document_alone(folder, tmp_path):
+    first = summaries(run(folder, tmp_path / "1.jsonl", *RANDOM, "--batch_size", "1"))
+    assert len(set(first.values())) == 5
+    for size in ("2", "5"):
+        lines = run(folder, tmp_path / f"{size}.jsonl", *RANDOM, "--batch_size", size)
+        assert summaries(lines) == first
 
-    def interrupted(*args):
-        calls.append(args)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return write(*args)
+    few = run(folder, tmp_path / "few.jsonl", *RANDOM, "--max_documents", "2")
+    assert len(few) == 2
+    assert summaries(few).items() <= first.items()
+    # Without the limit the others are added to the same file
+    lines = run(folder, tmp_path / "few.jsonl", *RANDOM)
+    assert lines[:2] == few
+    assert summaries(lines) == first
 
-    monkeypatch.setattr(summarize, "write", interrupted)
+    other = summaries(run(folder, tmp_path / "other.jsonl", *RANDOM, "--seed", "1"))
+    assert all(other[number] != first[number] for number in first)
+
+
+@pytest.fixture
+def model_and_tokenizer(folder):
+    model = checkpoint.load(folder / "model").eval()
+    return model, checkpoint.load_tokenizer(folder / "model", model.config)
+
+
+def test_generation_is_the_models_own(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    tokenizer = replace(tokenizer, eos_id=None)  # so that the only end is a token that never comes
+    model.config.eos_id = 499
+    ids = torch.randint(3, 400, (3, 20), generator=torch.Generator().manual_seed(0))
+
+    greedy = summarize.Settings(60, 30, temperature=0.0, top_p=1.0, seed=0)
+    texts = summarize.write(model, tokenizer, ids, [0, 1, 2], greedy)
+    expected = model.generate(ids, 30)[:, 20:].tolist()
+    assert texts == [tokenizer.decode(row).strip() for row in expected]
+
+    # A row is drawn with a seed made of --seed and the number of its document
+    sampled = summarize.Settings(60, 30, temperature=1.0, top_p=0.9, seed=3)
+    texts = summarize.write(model, tokenizer, ids, [5, 7, 9], sampled)
+    seed = int(np.random.SeedSequence([3, 7]).generate_state(1, np.uint64)[0])
+    generator = torch.Generator().manual_seed(seed)
+    row = model.generate(ids[1:2], 30, temperature=1.0, top_p=0.9, generator=generator)[0, 20:]
+    assert texts[1] == tokenizer.decode(row.tolist()).strip()
+
+
+class Speaker(LLaMA):
+    """A model that says the tokens of `lines`, one column a step, whatever it reads."""
+
+    lines = torch.tensor([[30, 40, 50, 2, 70, 70], [60, 2, 80, 80, 80, 80], [90] * 6])
+
+    def __init__(self, eos_id: int | tuple[int, ...] | None) -> None:
+        super().__init__(LLaMAConfig(vocab_size=100, n_layer=1, n_embd=8, eos_id=eos_id))
+        self.steps = 0
+
+    def next_token_logits(self, ids, cache):
+        self.steps += 1
+        return 1e4 * torch.nn.functional.one_hot(self.lines[:, self.steps - 1], 100)
+
+
+@pytest.mark.parametrize(
+    "eos_id, lengths, steps",
+    [
+        (2, [3, 1, 6], 6),
+        ((2, 90), [3, 1, 0], 4),  # several ends; after four steps every text has met one
+        (None, [6, 6, 6], 6),
+    ],
+)
+def test_summaries_end_before_the_first_end_token(eos_id, lengths, steps, tok):
+    model = Speaker(eos_id)
+    settings = summarize.Settings(60, 6, temperature=0.5, top_p=0.95, seed=0)
+    tokenizer = replace(tok, eos_id=None)
+    ids = torch.ones(3, 2, dtype=torch.int64)
+    texts = summarize.write(model, tokenizer, ids, [0, 1, 2], settings)
+    expected = [line[:length] for line, length in zip(model.lines.tolist(), lengths)]
+    assert texts == [tok.decode(tokens).strip() for tokens in expected]
+    assert model.steps == steps
+
+
+@pytest.mark.parametrize(
+    "batch_size, expected",
+    [
+        (None, [[3], [0, 5], [1, 2, 4, 6]]),
+        (1, [[3], [0], [5], [1], [2], [4], [6]]),
+        (2, [[3], [0, 5], [1, 2], [4, 6]]),
+    ],
+)
+def test_batches_have_prompts_of_one_length_the_longest_first(
+    model_and_tokenizer, tmp_path, monkeypatch, batch_size, expected
+):
+    model, tokenizer = model_and_tokenizer
+    batches = []
+
+    def write(model, tokenizer, ids, numbers, settings):
+        batches.append(numbers)
+        return ["text"] * len(numbers)
+
+    monkeypatch.setattr(summarize, "write", write)
+    reports = [("key " * n, "summary") for n in (5, 7, 7, 3, 7, 5, 7)]
+    settings = summarize.Settings(60, 10, temperature=0.0, top_p=1.0, seed=0)
+    path = tmp_path / "a.jsonl"
+    summarize.summarize(model, tokenizer, reports, range(7), settings, path, batch_size)
+    assert batches == expected[::-1]
+
+
+# ---- the file of summaries -----------------------------------------------------------------------
+
+
+def test_an_interrupted_run_makes_the_missing_summaries(folder, tmp_path, monkeypatch):
+    flags = RANDOM + ("--batch_size", "2")
+    whole = run(folder, tmp_path / "whole.jsonl", *flags)
     out = tmp_path / "out.jsonl"
-    with pytest.raises(KeyboardInterrupt):
-        run(folder, out, *options)
-    found = out.read_bytes()
-    assert 0 < len(found) < len(whole.read_bytes()) and whole.read_bytes().startswith(found)
-    out.write_bytes(found + b'{"index": 3, "docum')  # and killed while it wrote
-    run(folder, out, *options)
-    assert out.read_bytes() == whole.read_bytes()
-    n = len(calls)
-    run(folder, out, *options)  # nothing to do
-    assert len(calls) == n and out.read_bytes() == whole.read_bytes()
-    out.write_bytes(b"".join(found.splitlines(keepends=True)[:1]))  # a batch that is half there
-    run(folder, out, *options)
-    assert out.read_bytes() == whole.read_bytes()
-    prompts = [args[1].tolist() for args in calls]
-    assert prompts[n:] == prompts[:2] + prompts[3:n]  # whole batches again: rounding depends on them
+    write = summarize.write
+    batches = []  # the numbers of the documents of each call
+
+    def interrupted(model, tokenizer, ids, numbers, settings):
+        batches.append(numbers)
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return write(model, tokenizer, ids, numbers, settings)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(summarize, "write", interrupted)
+        run(folder, out, *flags)
+    lines = read_lines(out)
+    assert 0 < len(lines) < 5
+    assert lines == whole[: len(lines)]
+
+    def recorded(model, tokenizer, ids, numbers, settings):
+        batches.append(numbers)
+        return write(model, tokenizer, ids, numbers, settings)
+
+    # The run may also have been ended in the middle of a line, or of a character
+    monkeypatch.setattr(summarize, "write", recorded)
+    finished = out.read_bytes()
+    out.write_bytes(finished + '{"index": 3, "document": "é'.encode()[:-1])
+    batches.clear()
+    assert summaries(run(folder, out, *flags)) == summaries(whole)
+    complete = out.read_bytes()
+    assert complete.startswith(finished)
+    made = sorted(itertools.chain(*batches))
+    assert made == sorted(set(range(5)) - summaries(lines).keys())
+
+    # Nothing is left to do
+    batches.clear()
+    run(folder, out, *flags)
+    assert batches == []
+    assert out.read_bytes() == complete
 
 
 def test_other_settings_are_refused(folder, tmp_path):
     out = tmp_path / "out.jsonl"
     first = run(folder, out)
-    for change in (("--temperature", "0.7"), ("--seed", "1"), ("--max_input", "50"), ("--summary_field", "document")):
-        with pytest.raises(ValueError, match=r"out\.jsonl was not made with this checkpoint.*--overwrite"):
+    for change in (
+        ("--temperature", "0.7"),
+        ("--seed", "1"),
+        ("--max_input", "50"),
+        ("--summary_field", "document"),
+    ):
+        with pytest.raises(ValueError, match=r"out\.jsonl was not made with this.*--overwrite"):
             run(folder, out, *change)
     assert run(folder, out) == first
     assert run(folder, out, "--seed", "1", "--overwrite") != first
-    for other in ("a page of something else", "{}\n", '{"index": 0}\n', "[1]\n"):
-        out.write_text(other)
-        with pytest.raises(ValueError, match="was not made with"):
-            run(folder, out)
-        assert out.read_text() == other
-    # other weights of the same shape
+
+
+@pytest.mark.parametrize("text", ["a page of something else", "{}\n", '{"index": 0}\n', "[1]\n"])
+def test_a_file_of_something_else_is_refused_and_kept(folder, tmp_path, text):
+    out = tmp_path / "out.jsonl"
+    out.write_text(text)
+    with pytest.raises(ValueError, match="was not made with") as error:
+        run(folder, out)
+    assert "\n" not in str(error.value)
+    assert out.read_text() == text
+
+
+def test_the_fingerprint_is_of_settings_and_weights(folder):
     model = checkpoint.load(folder / "model")
-    settings = summarize.fingerprint(model, 1)
+    first = summarize.fingerprint(model, 1)
+    assert summarize.fingerprint(checkpoint.load(folder / "model"), 1) == first
+    assert summarize.fingerprint(model, 2) != first
     model.layers[1].mlp.up_proj.weight.data += 1e-4
-    assert summarize.fingerprint(model, 1) != settings == summarize.fingerprint(checkpoint.load(folder / "model"), 1)
+    assert summarize.fingerprint(model, 1) != first
 
 
-def test_texts_depend_on_seed_and_document_alone(folder, tmp_path):
-    random = ("--temperature", "4", "--top_p", "1")
-    texts = {}
-    for size in ("1", "2", "5"):
-        lines = run(folder, tmp_path / f"{size}.jsonl", *random, "--batch_size", size)
-        texts[size] = {line["index"]: line["summary"] for line in lines}
-    assert texts["1"] == texts["2"] == texts["5"] and len(set(texts["1"].values())) == 5
-    few = run(folder, tmp_path / "few.jsonl", *random, "--max_documents", "2")
-    assert len(few) == 2 and all(texts["1"][line["index"]] == line["summary"] for line in few)
-    more = run(folder, tmp_path / "few.jsonl", *random)  # the others are added
-    assert more[:2] == few and {line["index"]: line["summary"] for line in more} == texts["1"]
-    other = run(folder, tmp_path / "other.jsonl", *random, "--seed", "1")
-    assert all(texts["1"][line["index"]] != line["summary"] for line in other)
-
-
-def test_batches_have_prompts_of_one_length():
-    prompts = {i: [0] * n for i, n in enumerate([5, 7, 7, 3, 7, 5, 7])}
-    assert summarize.batches(prompts, 2, 10) == [[1, 2], [4, 6], [0, 5], [3]]
-    assert summarize.batches(prompts, None, 10) == [[1, 2, 4, 6], [0, 5], [3]]
-    assert summarize.batches(prompts, None, 16377) == [[1], [2], [4], [6], [0], [5], [3]]
-
-
-class Speaker:
-    """In place of a model: says its lines whatever it is asked, row by row."""
-
-    def __init__(self, *lines):
-        self.config = LLaMAConfig(vocab_size=10, n_layer=1, n_head=1, n_embd=8)
-        self.lines, self.asked = torch.tensor(lines), []
-        self.lm_head = lambda steps: 1e4 * torch.nn.functional.one_hot(steps, 10).float()
-        self.lm_head.weight = torch.zeros(1)
-
-    def hidden(self, ids, cache, last):
-        self.asked.append(ids.tolist())
-        return self.lines[:, len(self.asked) - 1 : len(self.asked)]
-
-
-@pytest.mark.parametrize("stop, expected, steps", [
-    ({2}, [[3, 4, 5], [6], [9, 9, 9, 9, 9, 9]], 6),
-    ({2, 9}, [[3, 4, 5], [6], []], 4),  # several ends of a text; all have met one
-    ({None}, [[3, 4, 5, 2, 7, 7], [6, 2, 8, 8, 8, 8], [9] * 6], 6),
-])  # fmt: skip
-def test_texts_end_at_any_of_the_stops(stop, expected, steps):
-    model = Speaker([3, 4, 5, 2, 7, 7], [6, 2, 8, 8, 8, 8], [9] * 6)
-    prompts = torch.tensor([[1, 1], [1, 2], [1, 3]])
-    assert summarize.write(model, prompts, [0, 1, 2], 6, 0.5, 0.95, stop) == expected
-    assert model.asked[:2] == [prompts.tolist(), [[3], [6], [9]]] and len(model.asked) == steps
-
-
-def test_generation_with_the_cache_equals_the_models_own(folder):
-    model, stop = checkpoint.load(folder / "model").eval(), {checkpoint.read_config(folder / "model").eos_id}
-    prompts = torch.randint(3, 400, (3, 20), generator=torch.Generator().manual_seed(0))
-    texts = summarize.write(model, prompts, [0, 0, 0], 30, 0.0, 1.0, set())
-    assert texts == model.generate(prompts, 30)[:, 20:].tolist()
-    one = torch.Generator().manual_seed(7)
-    expected = model.generate(prompts[1:2], 30, temperature=1.0, top_p=0.9, generator=one)[0, 20:].tolist()
-    assert summarize.write(model, prompts, [5, 7, 9], 30, 1.0, 0.9, set())[1] == expected
-    assert all(not stop & set(text) for text in summarize.write(model, prompts, [1, 2, 3], 30, 1.0, 1.0, stop))
+# ---- ROUGE ---------------------------------------------------------------------------------------
 
 
 def test_words_are_stemmed():
     lines = [{"reference": "The keys were hidden", "summary": "the key was hidden"}]
-    assert summarize.rouge(lines, ["rouge1"], 0, "")["rouge1"]["f"] == pytest.approx(75)  # key is keys
+    assert summarize.rouge(lines, ["rouge1"], 0, "")["rouge1"]["f"] == pytest.approx(75)
 
 
 def test_intervals():
     scores = np.random.default_rng(0).normal([50, 10], [10, 1], (400, 2))
     low, high = summarize.intervals(scores, 0)
     error = 1.96 * scores.std(axis=0) / 20
-    assert np.allclose(high - low, 2 * error, rtol=0.1) and np.allclose((high + low) / 2, scores.mean(0), atol=0.2)
+    assert np.allclose(high - low, 2 * error, rtol=0.1)
+    assert np.allclose((high + low) / 2, scores.mean(axis=0), atol=0.2)
     assert np.array_equal(summarize.intervals(scores, 0), [low, high])
 
 
 def test_one_document_without_lines(folder, tmp_path, capsys):
-    write_reports(tmp_path / "one.jsonl", REPORTS[1:2])
-    run(folder, tmp_path / "a.jsonl", "--data", str(tmp_path / "one.jsonl"), "--temperature", "0")
+    path = tmp_path / "one.jsonl"
+    write_reports(path, REPORTS[1:2])
+    run(folder, tmp_path / "a.jsonl", "--data", str(path), "--temperature", "0")
     result = json.loads((tmp_path / "a.json").read_text())
     assert list(result["rouge"]) == ["rouge1", "rouge2", "rougeL"]
     assert result["rouge"]["rouge1"] == {"f": pytest.approx(100), "low": None, "high": None}
     assert "bootstrap" not in capsys.readouterr().out
 
 
-def test_two_checkpoints_a_hub_data_set_and_the_default_places(folder, tmp_path, capsys, monkeypatch):
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def test_two_checkpoints_a_hub_data_set_and_the_default_places(
+    folder, tmp_path, capsys, monkeypatch
+):
     pytest.importorskip("datasets")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "govreport").mkdir()
     write_reports(tmp_path / "govreport" / "test.jsonl", REPORTS)
     model = checkpoint.load(folder / "model")
+    tokenizer = checkpoint.load_tokenizer(folder / "model", model.config)
     for name in ("a", "b"):
-        checkpoint.save(model, name, checkpoint.load_tokenizer(folder / "model", model.config))
+        checkpoint.save(model, name, tokenizer)
+
     data = "hf:govreport,split=test,take=3"
-    summarize.main(["--init", "a", "b", "--data", data, "--max_new_tokens", "40", "--device", "cpu"])
+    argv = ["--init", "a", "b", "--data", data, "--max_new_tokens", "40", "--device", "cpu"]
+    summarize.main(argv)
     results = json.loads((tmp_path / "rouge.json").read_text())
-    assert [result["init"] for result in results] == ["a", "b"] and results[0]["rouge"] == results[1]["rouge"]
-    # all that the window leaves
-    frame = sequences.report_frame_tokens(checkpoint.load_tokenizer("a", model.config))
-    assert results[0]["max_input"] == WINDOW - 40 - frame
-    texts = [Path(name, "summaries.jsonl").read_text() for name in ("a", "b")]
-    assert texts[0] == texts[1] and texts[0].count("\n") == 3
+    assert [result["init"] for result in results] == ["a", "b"]
+    assert results[0]["rouge"] == results[1]["rouge"]
+    # A document takes all that the window leaves
+    assert results[0]["max_input"] == WINDOW - 40 - prompts.report_frame_tokens(tokenizer)
+    texts = Path("a", "summaries.jsonl").read_text()
+    assert texts == Path("b", "summaries.jsonl").read_text()
+    assert texts.count("\n") == 3
     assert data in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("line, message", [
-    ('{"document": "x"}', 'reports.jsonl, line 2: expected a JSON object with a field "document" and a field'),
-    ('{"document": "x", "summary": " \\n"}', "reports.jsonl, row 2: its field `summary` is empty"),
-    ('{"document": "", "summary": "y"}', "reports.jsonl, row 2: its field `document` is empty"),
-    ('{"document": 3, "summary": "y"}', "reports.jsonl, row 2: its field `document` is not text"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (
+            '{"document": "x"}',
+            'reports.jsonl, row 2 has no field `summary`',
+        ),
+        (
+            '{"document": "x", "summary": " \\n"}',
+            "reports.jsonl, row 2: its field `summary` is empty",
+        ),
+        (
+            '{"document": "", "summary": "y"}',
+            "reports.jsonl, row 2: its field `document` is empty",
+        ),
+        (
+            '{"document": 3, "summary": "y"}',
+            "reports.jsonl, row 2: its field `document` is not text",
+        ),
+    ],
+)
 def test_bad_reports(folder, tmp_path, line, message):
-    (tmp_path / "reports.jsonl").write_text('{"document": "x", "summary": "y"}\n' + line + "\n")
+    path = tmp_path / "reports.jsonl"
+    path.write_text('{"document": "x", "summary": "y"}\n' + line + "\n")
     with pytest.raises(ValueError, match=message) as error:
-        run(folder, tmp_path / "out.jsonl", "--data", str(tmp_path / "reports.jsonl"))
-    assert "\n" not in str(error.value) and not (tmp_path / "out.jsonl").exists()
+        run(folder, tmp_path / "out.jsonl", "--data", str(path))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out.jsonl").exists()
 
 
-@pytest.mark.parametrize("flags, message", [
-    (("--max_input", "150"), r"document, prompt and --max_new_tokens: \d+ is beyond the window of .*, 160: --scale 2"),
-    (("--max_new_tokens", "1000"), r"document, prompt and --max_new_tokens: \d+ is beyond the window"),
-    (("--max_input", "0"), "--max_input must be at least 1"),
-    (("--max_new_tokens", "0"), "--max_new_tokens must be at least 1"),
-    (("--max_documents", "0"), "--max_documents must be at least 1"),
-    (("--batch_size", "0"), "--batch_size must be at least 1"),
-    (("--temperature", "nan"), "--temperature must be at least 0"),
-    (("--top_p", "0"), "--top_p above 0"),
-    (("--seed", "-1"), "--seed must be at least 0"),
-    (("--init", "x,y"), "x is neither a folder"),
-    (("--data", "nowhere.jsonl"), "nowhere.jsonl"),
-])  # fmt: skip
-def test_bad_flags(folder, tmp_path, flags, message):
+@pytest.mark.parametrize(
+    "flag, value, message",
+    [
+        ("--max_input", "0", "must be a whole number of at least 1"),
+        ("--max_new_tokens", "0", "must be a whole number of at least 1"),
+        ("--max_documents", "0", "must be a whole number of at least 1"),
+        ("--batch_size", "0", "must be a whole number of at least 1"),
+        ("--temperature", "nan", "must be a number of at least 0"),
+        ("--top_p", "0", "must be above 0 and at most 1"),
+        ("--seed", "-1", "must be a whole number of at least 0"),
+        ("--out", "texts.json", "must end in .jsonl"),
+    ],
+)
+def test_bad_values_of_flags(folder, tmp_path, capsys, flag, value, message):
+    with pytest.raises(SystemExit) as stop:
+        run(folder, tmp_path / "out.jsonl", flag, value)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert f"argument {flag}: " in error
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (
+            ("--max_input", "150"),
+            r"--max_new_tokens: \d+ is beyond the window of .*, 160: --scale 2",
+        ),
+        (
+            ("--max_new_tokens", "1000"),
+            r"document, prompt and --max_new_tokens: \d+ is beyond the window",
+        ),
+        (("--init", "x"), "x is neither a folder"),
+        (("--init", "x", "y"), "--out is for one checkpoint"),
+        (("--data", "nowhere.jsonl"), "nowhere.jsonl"),
+    ],
+)
+def test_flags_that_do_not_go_together(folder, tmp_path, flags, message):
     with pytest.raises((ValueError, OSError), match=message):
         run(folder, tmp_path / "out.jsonl", *flags)
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_several_checkpoints_have_several_texts(folder, tmp_path):
-    with pytest.raises(ValueError, match="--out takes the texts of one checkpoint"):
-        run(folder, tmp_path / "out.jsonl", "--init", f"{folder / 'model'},{folder / 'model'}")
-
-
 def test_without_the_optional_libraries(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    out = tmp_path / "out.jsonl"
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "rouge_score", None)
         patch.delitem(sys.modules, "rouge_score.rouge_scorer", raising=False)
-        with pytest.raises(ValueError, match=r'ROUGE needs the library rouge_score: pip install -e "\.\[summaries\]"'):
-            run(folder, tmp_path / "out.jsonl")
+        message = r'ROUGE needs the library rouge_score: pip install -e "\.\[summaries\]"'
+        with pytest.raises(ValueError, match=message):
+            run(folder, out)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r'hf:a/b needs the library datasets: pip install -e "\.\[hub\]"'):
-        run(folder, tmp_path / "out.jsonl", "--data", "hf:a/b")
-    assert not (tmp_path / "out.jsonl").exists()
+    message = r'hf:a/b needs the library datasets: pip install -e "\.\[hub\]"'
+    with pytest.raises(ValueError, match=message):
+        run(folder, out, "--data", "hf:a/b")
+    assert not out.exists()
 
 
-def test_the_command_line_says_it_in_one_line(folder, tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"document": "x", "summary": ""}\n')
-    for flags, message in (
-        (["--data", str(tmp_path / "a.jsonl")], "a.jsonl, row 1: its field `summary` is empty"),
-        ([], "the following arguments are required: --data"),
-    ):
-        command = [sys.executable, ROOT / "summarize.py", "--init", folder / "model", "--max_new_tokens", "20", *flags]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout
-        assert done.stderr.startswith("summarize.py: error: ") and message in done.stderr
+def test_errors_are_one_line(folder, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"document": "x", "summary": ""}\n')
+    flags = ["--init", folder / "model", "--max_new_tokens", "20", "--data", path]
+    command = [sys.executable, ROOT / "summarize.py"] + flags
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    message = f"summarize.py: error: {path}, row 1: its field `summary` is empty"
+    assert done.stderr.startswith(message)
+    assert done.stderr.count("\n") == 1

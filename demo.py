@@ -1,357 +1,477 @@
-"""The paper in one command, on a laptop: pre-train a small LLaMA, extend its window, measure, and see.
+"""The paper in one command, on a laptop: pre-train a small LLaMA, extend its window, measure it.
 
-    python demo.py                                       # about 15 minutes on two CPU cores, everything into out/demo
-    python demo.py --all                                 # NTK and YaRN too, with the same fine-tune
-    python demo.py --seeds 0,1,2                         # mean and spread over seeds, each from nothing (hours)
-    python demo.py --init FOLDER --data novels/ --scale 2 --steps 200      # the same questions to a real LLaMA
+    python demo.py                         # about 15 minutes on two CPU cores; results in out/demo
+    python demo.py --all                   # fine-tune with NTK and YaRN too
+    python demo.py --seeds 0,1,2           # mean and spread over three seeds, each from scratch
+    python demo.py --init FOLDER --data novels/ --scale 2 --steps 200   # the same for a real LLaMA
 
-Its stages are the repo's own scripts: train.py makes a base and extends it, eval_ppl.py's measure says how well
-each checkpoint reads, passkey.py's how far it sees. A finished stage is kept and not repeated unless its settings,
-or the code that made it, changed. Ctrl-C saves; the same command goes on.
+Each stage is one of the repo's scripts: train.py makes the base and extends it, eval_ppl.py
+measures perplexity, and passkey.py measures how far a checkpoint finds keys. A finished stage is
+kept as long as its settings stay the same; after a change of the code, give another --out. Ctrl-C
+during training saves, and the same command goes on from there.
 """
 
 import argparse
-import hashlib
 import os
-import socket
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import checkpoint
+import cli
 import data
 import eval_ppl
-import model
-import parallel
 import passkey
-import rope
-import sequences
-import tokenizer
+import plots
 import train
+from evaluation import Curve
+from hf_config import extend
+from model import LLaMA
+from parallel import states
+from tokenizer import Tokenizer
 
-MODEL_CODE = (rope, model)
-DATA_CODE = (data, sequences, tokenizer, checkpoint)
-METHODS = {"PI": "linear", "direct": "none", "NTK": "ntk", "YaRN": "yarn"}  # name in the table: --rope
+METHODS = {"PI": "linear", "direct": "none", "NTK": "ntk", "YaRN": "yarn"}  # name: its --rope
+
+
+class Row(NamedTuple):
+    """What was measured of one checkpoint: a row of the table."""
+
+    name: str  # "base", or a name of METHODS
+    rope: str
+    steps: int  # of fine-tuning
+    ppl: dict[str, float]  # {window: perplexity}; the window is a string as in JSON
+    k_max: int
+    points: list[dict]  # keys found by distance, as passkey.retrieve returns them
+    positions: list[float]  # mean loss by position in the extended window
+
+
+# ---- the command line ----------------------------------------------------------------------------
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = checkpoint.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--init", help="a checkpoint to extend; default: pre-train the tiny base")
-    add("--data", nargs="+", help="files or folders of text; default: Python's standard library")
+    count = cli.at_least(1)
+    add("--init", help=f"extend {cli.CHECKPOINT_FORMS}; default: pre-train the tiny base")
+    add("--data", nargs="+", help=f"{cli.DATA_FORMS}; default: Python's standard library")
     add("--out", default="out/demo", help="the folder for everything")
-    add("--scale", type=float, default=2.0, help="L'/L: the window asked for over the original one")
-    add("--base_steps", type=int, help="pre-training steps; default: train.py's default")
-    add("--steps", default="100,200,400", help="look at the fine-tunes after these steps; the last one ends them")
+    add("--scale", type=float, default=2.0, help="the extended window over the original one, L'/L")
+    add("--base_steps", type=count, help="pre-training steps; default: as train.py has it")
+    add("--steps", nargs="+", action=cli.WholeNumbers, const=1, default=[100, 200, 400],
+        help="measure each fine-tune after these steps, as 100,200; it ends with the last of them")
     add("--all", action="store_true", help="fine-tune with NTK and YaRN too")
-    add("--distances", type=int, default=32, help="passkey: values of k")
-    add("--tries", type=int, default=10, help="passkey: prompts for each k")
-    add("--documents", type=int, default=16, help="perplexity: validation documents")
-    add("--max_tokens", type=int, default=2048, help="perplexity: tokens of each document")
-    add("--seeds", default="0", help="seeds, each a run of its own from the base on; several give mean and spread")
+    add("--distances", type=count, default=32, help="passkeys: number of distances k")
+    add("--tries", type=count, default=10, help="passkeys: prompts for each k")
+    add("--documents", type=count, default=16, help="perplexity: validation documents")
+    add("--max_tokens", type=count, default=2048, help="perplexity: tokens of each document")
+    add("--seeds", nargs="+", action=cli.WholeNumbers, const=0, default=[0],
+        help="do all of it once for each seed, as 0,1,2; several give mean and spread")
     add("--device", default="auto", help="cpu, cuda, mps; auto: a GPU where there is one")
     args = parser.parse_args(argv)
-    args.steps = eval_ppl.whole_numbers([args.steps], "--steps", 1)
-    args.seeds = eval_ppl.whole_numbers([args.seeds], "--seeds", 0)
     if not args.scale > 1:
-        parser.error(f"--scale must be above 1, got {args.scale:g}: it is the window asked for over the original one")
+        parser.error(f"--scale must be above 1, got {args.scale:g}: the demo extends the window")
     return args
 
 
-# ---- stages --------------------------------------------------------------------------------------------------------
+# ---- the stages ----------------------------------------------------------------------------------
 
 
-def code_of(*modules) -> str:
-    """A hash of the source of some modules: a stage that other code made is not ours."""
-    return hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in modules)).hexdigest()[:16]
+def run_seed(args: argparse.Namespace, seed: int) -> tuple[list[Row], int, int]:
+    """Run all stages for one seed. Returns the rows, the original window and the extended one."""
+    out = Path(args.out) / f"seed-{seed}"
+    flags = ["--seed", str(seed), "--device", args.device]
+    if args.data:
+        flags += ["--data"] + args.data
+
+    # The base: the checkpoint of --init, or a tiny model that is pre-trained here
+    if args.init:
+        base = Path(args.init)
+        base_settings = {"init": args.init}
+    else:
+        base = out / "base"
+        base_flags = flags
+        if args.base_steps:
+            base_flags = flags + ["--max_iters", str(args.base_steps)]
+        base_settings = train_stage(base, base_flags, {}, "pre-training the base", args.device)
+    config = checkpoint.read_config(base)
+    window = config.original_window
+    long = extend(config, args.scale, "linear").block_size
+    if long <= window:
+        raise ValueError(f"--scale {args.scale:g} leaves the window at {window}: give a larger one")
+
+    # The base without fine-tuning: extrapolated (rope "none") and interpolated (rope "linear")
+    rows = []
+    for name, rope in (("base", "none"), ("PI", "linear")):
+        extension = {"scale": args.scale, "rope": rope}
+        file = out / f"{name}-0.json"
+        measures = evaluate_stage(file, base, extension, base_settings, args, seed)
+        rows.append(Row(name, rope, 0, **measures))
+
+    # The fine-tunes by each method, measured after every number of steps in --steps
+    flags = flags + ["--init", str(base), "--scale", f"{args.scale:g}"]
+    flags += ["--max_iters", str(args.steps[-1])]
+    flags += ["--save_at", ",".join(str(steps) for steps in args.steps)]
+    for name, rope in METHODS.items():
+        if name in ("NTK", "YaRN") and not args.all:
+            continue
+        folder = out / name
+        title = f"{name}: fine-tuning at {long} tokens with rope {rope!r}"
+        method_flags = flags + ["--rope", rope]
+        settings = train_stage(folder, method_flags, base_settings, title, args.device)
+        for steps in args.steps:
+            file = out / f"{name}-{steps}.json"
+            measures = evaluate_stage(file, folder / f"step-{steps}", {}, settings, args, seed)
+            rows.append(Row(name, rope, steps, **measures))
+    return rows, window, long
 
 
 def stage(file: Path, settings: dict, work: Callable[[], dict]) -> dict:
-    """What `work` returns, from `file` if it was made with the same settings before."""
-    if file.exists() and (kept := checkpoint.read_json(file)).get("settings") == settings:
-        print(f"{file}: kept from an earlier run", file=sys.stderr)
-        return kept["result"]
+    """The result of work(), taken from `file` if it was made with the same settings before."""
+    if file.exists():
+        earlier = cli.read_json(file)
+        if earlier.get("settings") == settings:
+            print(f"{file}: kept from an earlier run", file=sys.stderr)
+            return earlier["result"]
     started = time.perf_counter()
-    result = work() | {"seconds": 0.0}
-    result["seconds"] = time.perf_counter() - started
-    checkpoint.write_json(file, {"settings": settings, "result": result})
+    result = work()
+    seconds = time.perf_counter() - started
+    cli.write_json(file, {"settings": settings, "result": result, "seconds": seconds})
     return result
 
 
-def launch(flags: list[str], device: str) -> None:
-    """train.py with some flags: here, or on the CPU as up to four processes that share each batch (DDP). A model this
-    small gives two threads too little to do, and two processes enough. What interrupts it ends the demo too."""
-    on_cpu = checkpoint.device_and_dtype(argparse.Namespace(device=device, dtype="auto"))[0].type == "cpu"
-    processes = max(n for n in (1, 2, 4) if n == 1 or on_cpu and n <= os.cpu_count())
-    if processes == 1:
-        return train.main(flags)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    shared |= {"OMP_NUM_THREADS": os.cpu_count() // processes}
-    workers = []
-    for rank in range(processes):  # what torchrun does, without its tracebacks when Ctrl-C ends it
-        env = {name: str(value) for name, value in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-        quiet = subprocess.DEVNULL if rank else None  # all meet the same errors: one says them
-        workers.append(subprocess.Popen([sys.executable, train.__file__, *flags], env=os.environ | env, stderr=quiet))
-    try:
-        while None in (codes := [worker.poll() for worker in workers]) and not any(codes):
-            time.sleep(0.2)
-    except KeyboardInterrupt:  # the workers got it too, and are saving
-        for worker in workers:
-            worker.wait()
-        raise
-    for worker in workers:
-        if any(codes):  # one failed: the others would wait for it
-            worker.terminate()
-        worker.wait()
-    if any(codes):
-        sys.exit(next(code for code in codes if code))
+def train_stage(folder: Path, flags: list[str], parent: dict, title: str, device: str) -> dict:
+    """Run train.py with some flags into a folder. Returns the settings of the run.
 
-
-def trained(folder: Path, flags: list[str], parent: dict, title: str, device: str) -> dict:
-    """A run of train.py into folder: the settings that made it. An interrupted one goes on, a stale one is redone."""
-    settings = {"flags": flags, "parent": parent, "code": code_of(train, parallel, *DATA_CODE, *MODEL_CODE)}
-    begun = folder / "settings.json"  # says whose half-finished run this is
+    parent: the settings that made the checkpoint which is fine-tuned; empty for the base.
+    """
+    settings = {"flags": flags, "parent": parent}
 
     def work() -> dict:
         print(f"\n== {title}", file=sys.stderr)
-        same = begun.exists() and checkpoint.read_json(begun) == settings
-        checkpoint.write_json(begun, settings)
-        go_on = ["--resume"] if same and train.states(folder) else ["--overwrite"]
-        launch([*flags, "--out", str(folder), *go_on], device)
+        # An interrupted run with the same settings goes on; a run with other settings is replaced
+        begun = folder / "settings.json"
+        same = begun.exists() and cli.read_json(begun) == settings
+        cli.write_json(begun, settings)
+        start = "--overwrite"
+        if same and states(folder):
+            start = "--resume"
+        run_train(flags + ["--out", str(folder), start], device)
         return {}
 
     stage(folder.with_suffix(".json"), settings, work)
     return settings
 
 
-def evaluated(
-    file: Path, folder: Path, extend: dict, parent: dict, long: int, args: argparse.Namespace, seed: int
+def run_train(flags: list[str], device: str) -> None:
+    """Run train.py, on a CPU with several cores as two or four processes that share each batch.
+
+    With a model as small as the demo's, two processes are faster than two threads of one process.
+    If the training fails, the demo ends with torchrun's exit code.
+    """
+    cores = os.cpu_count() or 1
+    torch_device, _ = cli.device_and_dtype(device)
+    if torch_device.type != "cpu" or cores < 2:
+        train.main(flags)
+        return
+    processes = 2
+    if cores >= 4:
+        processes = 4
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", str(processes), train.__file__]
+    # By default torchrun kills processes that have not saved 30 seconds after Ctrl-C
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(cores // processes),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",
+    }
+    torchrun = subprocess.Popen(command + flags, env=environment)
+    try:
+        code = torchrun.wait()
+    except KeyboardInterrupt:
+        # torchrun gets Ctrl-C too and passes it on: wait until its processes have saved
+        torchrun.wait()
+        print("demo.py: stopped; the same command goes on from here", file=sys.stderr)
+        raise
+    if code != 0:
+        # torchrun's own report is long and comes last, so say where to look
+        print("demo.py: error: training failed, see the first message above", file=sys.stderr)
+        sys.exit(code)
+
+
+def evaluate_stage(
+    file: Path, folder: Path, extension: dict, parent: dict, args: argparse.Namespace, seed: int
 ) -> dict:
-    """Both measures of a checkpoint, looked at with its window extended as `extend` says."""
-    measure = {
-        "distances": args.distances,
-        "tries": args.tries,
-        "documents": args.documents,
-        "max_tokens": args.max_tokens,
-    }
-    settings = {
-        "parent": parent,
-        "extend": extend,
-        **measure,
-        "data": args.data,
-        "code": code_of(eval_ppl, passkey, *DATA_CODE, *MODEL_CODE),
-    }
+    """What `evaluate` measures of a checkpoint, kept in a file.
+
+    extension: the scale and rope that checkpoint.load is told; empty for an extended checkpoint.
+    parent: the settings that made the checkpoint.
+    """
+    settings = {"parent": parent, "extension": extension, "data": args.data}
+    for name in ("distances", "tries", "documents", "max_tokens"):
+        settings[name] = getattr(args, name)
 
     def work() -> dict:
-        device, dtype = checkpoint.device_and_dtype(argparse.Namespace(device=args.device, dtype="auto"))
-        llama = checkpoint.load(folder, **extend, device=device, dtype=dtype).eval()
-        tokenizer = checkpoint.load_tokenizer(folder, llama.config)
-        documents, _ = eval_ppl.choose_documents(
-            data.load_corpus(args.data, tokenizer, "val").documents(), long, args.max_tokens, args.documents
-        )
-        if not documents:
-            raise ValueError(f"--data: no validation document has {long} tokens, the extended window: give longer ones")
-        windows, window = [], llama.config.original_window // 2  # where the base is at home, too
-        while window < long:
-            windows.append(window)
-            window *= 2
-        return {
-            "ppl": {
-                str(w): eval_ppl.perplexity(
-                    llama, documents, w, min(256, w // 2), tokenizer.bos_id, desc=f"{file.stem}, window {w}"
-                )
-                for w in [*windows, long]
-            },
-            "positions": eval_ppl.position_nll(
-                llama, documents, long, tokenizer.bos_id, desc=f"{file.stem}, by position"
-            ).tolist(),
-            "points": passkey.retrieve(
-                llama,
-                tokenizer,
-                long,
-                passkey.distances(long, args.distances),
-                args.tries,
-                seed,
-                desc=f"{file.stem}, passkeys",
-            ),
-        }
+        device, dtype = cli.device_and_dtype(args.device)
+        model = checkpoint.load(folder, **extension, device=device, dtype=dtype).eval()
+        tokenizer = checkpoint.load_tokenizer(folder, model.config)
+        return evaluate(model, tokenizer, args, seed, file.stem)
 
     return stage(file, settings, work)
 
 
-def run_seed(args: argparse.Namespace, seed: int) -> tuple[list[dict], model.LLaMAConfig]:
-    """All stages of one seed: the rows of the table, and the base's config."""
-    out = Path(args.out) / f"seed-{seed}"
-    common = ["--seed", str(seed), "--device", args.device, *(["--data", *args.data] if args.data else [])]
-    base, parent = Path(args.init or out / "base"), {"init": args.init}
-    if not args.init:
-        more = ["--max_iters", str(args.base_steps)] if args.base_steps else []
-        parent = trained(base, [*common, *more], {}, "the base, pre-trained at its own window", args.device)
-    config = checkpoint.read_config(base)
-    long = checkpoint.extend(config, args.scale, "linear").block_size
+def evaluate(
+    model: LLaMA, tokenizer: Tokenizer, args: argparse.Namespace, seed: int, title: str
+) -> dict:
+    """The measures of a model in its extended window: ppl, k_max, points and positions of a Row."""
+    bos_id = tokenizer.bos_id
+    long = model.config.block_size
 
-    def row(name: str, rope: str, steps: int, file: str, folder: Path, extend: dict, parent: dict) -> dict:
-        result = evaluated(out / f"{file}.json", folder, extend, parent, long, args, seed)
-        ppl = {window: measured["ppl"] for window, measured in result["ppl"].items()}
-        best = passkey.k_max(result["points"])
-        return {"name": name, "rope": rope, "steps": steps, "ppl": ppl, "k_max": best,
-                "points": result["points"], "positions": result["positions"]}  # fmt: skip
-
-    rows = [
-        row("base", "none", 0, "base-extrapolated", base, {"scale": args.scale, "rope": "none"}, parent),
-        row("PI", "linear", 0, "PI-0", base, {"scale": args.scale, "rope": "linear"}, parent),
-    ]
-    for name, method in METHODS.items():
-        if name not in ("PI", "direct") and not args.all:
-            continue
-        folder = out / name
-        flags = ["--init", str(base), "--scale", f"{args.scale:g}", "--rope", method, *common]
-        flags += ["--max_iters", str(args.steps[-1]), "--save_at", ",".join(map(str, args.steps))]
-        made = trained(folder, flags, parent, f"{name}: fine-tuned at {long} tokens, rope {method!r}", args.device)
-        for steps in args.steps:
-            rows.append(row(name, method, steps, f"{name}-{steps}", folder / f"step-{steps}", {}, made))
-    return rows, config
-
-
-# ---- what came out -------------------------------------------------------------------------------------------------
-
-
-def find(rows: list[dict], name: str, steps: int | None = None) -> dict:
-    """The row of a name after so many steps (None: the last)."""
-    return [row for row in rows if row["name"] == name and steps in (None, row["steps"])][-1]
-
-
-def summary(rows: list[dict], window: int, long: int) -> list[str]:
-    """Two sentences on what the rows show, whatever they show: on perplexity, and on passkeys."""
-    base, untuned, pi, direct = find(rows, "base"), find(rows, "PI", 0), find(rows, "PI"), find(rows, "direct")
-    own, far = base["ppl"][str(window)], str(long)
-    curve = [ppl for size, ppl in pi["ppl"].items() if int(size) >= window]
-    at = {name: row["ppl"][far] for name, row in (("base", base), ("untuned", untuned), ("pi", pi), ("direct", direct))}
-    blow_up = f"does not blow up ({own:.1f} at {window}, {at['base']:.1f} at {long})"
-    if at["base"] > 1.2 * own:
-        blow_up = f"blows up {at['base'] / own:.1f}-fold, from {own:.1f} to {at['base']:.1f}"
-    beside = "at or below" if at["pi"] <= own else f"{at['pi'] / own - 1:.0%} above"
-    slope = "falling" if all(b < a for a, b in zip(curve, curve[1:])) else "not falling"
-    first = (
-        f"Read {long / window:g} times beyond its window, the base's perplexity {blow_up}; Position Interpolation "
-        f"without fine-tuning has {at['untuned']:.1f} there, {'better' if at['untuned'] < at['base'] else 'no better'} "
-        f"than extrapolating, and after {pi['steps']} steps {at['pi']:.1f}, {beside} the base at its own window, "
-        f"{slope} as the window grows; direct fine-tuning has {at['direct']:.1f}."
-    )
-
-    def reach(row: dict) -> str:
-        tested = max(point["k"] for point in row["points"])
-        if row["k_max"] >= tested:
-            return f"over the whole window (k_max {row['k_max']})"
-        if row["k_max"] > window:
-            return f"beyond the original window, though not to the end (k_max {row['k_max']} of {tested})"
-        return f"no further than the original window (k_max {row['k_max']} of {tested})"
-
-    further = pi["k_max"] - direct["k_max"]
-    verdict = "further than" if further > 0 else "less far than" if further < 0 else "as far as"
-    second = (
-        f"With no passkey beyond {window} tokens in the fine-tune, PI finds keys {reach(pi)} after {pi['steps']} "
-        f"steps, {verdict} direct fine-tuning, which finds them {reach(direct)}."
-    )
-    return [first, second]
-
-
-def as_table(rows: list[dict]) -> str:
-    windows = list(rows[0]["ppl"])
-    cells = [
-        [row["name"], row["rope"], row["steps"], *(f"{row['ppl'][w]:.2f}" for w in windows), row["k_max"]]
-        for row in rows
-    ]
-    return eval_ppl.table(["", "rope", "steps", *(f"ppl at {w}" for w in windows), "k_max"], cells)
-
-
-def spread(runs: list[list[dict]]) -> str:
-    """The table over seeds: mean and standard deviation, for each row."""
-
-    def cell(values: list[float], digits: int) -> str:
-        return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
-
-    cells = []
-    for same in zip(*runs):
-        ppl = [cell([row["ppl"][w] for row in same], 2) for w in same[0]["ppl"]]
-        each = ", ".join(str(row["k_max"]) for row in same)
-        cells.append(
-            [same[0]["name"], same[0]["rope"], same[0]["steps"], *ppl, cell([row["k_max"] for row in same], 0), each]
+    # All windows score the same documents, those that fill the extended window
+    corpus = data.load_corpus(args.data, tokenizer, "val")
+    max_tokens = max(args.max_tokens, long)
+    documents, _ = eval_ppl.choose_documents(corpus.documents(), long, max_tokens, args.documents)
+    if not documents:
+        raise ValueError(
+            f"--data: no validation document fills the extended window, {long}: give longer ones"
         )
-    windows = [f"ppl at {w}" for w in runs[0][0]["ppl"]]
-    return eval_ppl.table(["", "rope", "steps", *windows, "k_max", "k_max of each seed"], cells)
 
+    # Perplexity at half the original window, at the original one, and at its doublings
+    ppl = {}
+    for window in [model.config.original_window // 2] + eval_ppl.doublings(model.config):
+        stride = min(256, window // 2)
+        desc = f"{title}, window {window}"
+        measured = eval_ppl.perplexity(model, documents, window, stride, bos_id, desc=desc)
+        ppl[str(window)] = measured["ppl"]
 
-def draw(rows: list[dict], window: int, file: Path) -> None:
-    """Three panels: perplexity over the window, loss over the position, passkeys over the distance."""
-    chosen = [("base, extrapolated", find(rows, "base")), ("PI, no fine-tuning", find(rows, "PI", 0))]
-    for name in METHODS:
-        if any(row["name"] == name and row["steps"] for row in rows):
-            chosen.append((f"{name}, {find(rows, name)['steps']} steps", find(rows, name)))
-    shared = [{"label": label, "original_window": window} for label, _ in chosen]
-    figure, (left, middle, right) = eval_ppl.new_figure(3, 5.0)
-    ppl = [
-        s | {"windows": [{"window": int(w), "ppl": p} for w, p in row["ppl"].items()]}
-        for s, (_, row) in zip(shared, chosen)
-    ]
-    eval_ppl.draw(left, ppl)
-    eval_ppl.draw_positions(
-        middle, [s | {"positions": {"nll": row["positions"]}} for s, (_, row) in zip(shared, chosen)]
-    )
-    passkey.draw_curves(
-        right, [s | {"points": row["points"], "k_max": row["k_max"]} for s, (_, row) in zip(shared, chosen)]
-    )
-    eval_ppl.save_figure(figure, file)
-
-
-def draw_steps(rows: list[dict], window: int, long: int, file: Path) -> None:
-    """Two panels over fine-tuning steps, as the paper's tables 3 and 4: perplexity at the long window, and k_max."""
-    figure, (left, right) = eval_ppl.new_figure(2, 5.0)
-    curves = {
-        name: {row["steps"]: row for row in rows if row["name"] == name or row["name"] == "base" and name == "direct"}
-        for name in METHODS
+    # The loss by position and the passkeys, both in the extended window
+    desc = f"{title}, by position"
+    positions = eval_ppl.position_nll(model, documents, long, bos_id, desc=desc)
+    ks = passkey.distances(long, args.distances)
+    desc = f"{title}, passkeys"
+    points = passkey.retrieve(model, tokenizer, long, ks, args.tries, seed, desc=desc)
+    if not points:
+        raise ValueError(f"{long} tokens are too few for a passkey prompt: give a larger --scale")
+    return {
+        "ppl": ppl,
+        "k_max": passkey.k_max(points),
+        "points": points,
+        "positions": positions.tolist(),
     }
-    curves = {name: curve for name, curve in curves.items() if len(curve) > 1}
-    ppl = [(name, long, {n: row["ppl"][str(long)] for n, row in curve.items()}) for name, curve in curves.items()]
-    reach = [(name, long, {n: row["k_max"] for n, row in curve.items()}) for name, curve in curves.items()]
-    # in the colours of `draw`, where two other lines come first
-    eval_ppl.draw_over_steps(left, ppl, first_style=2)
-    passkey.draw_over_steps(right, reach, [{"original_window": window}], first_style=2)
-    eval_ppl.save_figure(figure, file)
+
+
+# ---- the results as text -------------------------------------------------------------------------
+
+
+def summary(rows: list[Row], window: int, long: int) -> list[str]:
+    """Sentences on what the rows show, whatever they show: on perplexity, and on passkeys.
+
+    rows: the base first, then PI without fine-tuning, then the fine-tunes.
+    """
+    last = last_rows(rows)
+    sentences = [perplexity_sentence(rows[0], rows[1], last["PI"], last["direct"], window, long)]
+    return sentences + passkey_sentences(last["PI"], last["direct"], window)
+
+
+def last_rows(rows: list[Row]) -> dict[str, Row]:
+    """The row of each name with the most steps."""
+    return {row.name: row for row in rows}
+
+
+def perplexity_sentence(
+    base: Row, untuned: Row, pi: Row, direct: Row, window: int, long: int
+) -> str:
+    at_home = base.ppl[str(window)]
+    extrapolated = base.ppl[str(long)]
+    interpolated = untuned.ppl[str(long)]
+    tuned = pi.ppl[str(long)]
+
+    # How the base fares beyond its window, without fine-tuning
+    text = f"Read at {long / window:g} times its window, the base's perplexity "
+    if extrapolated > 1.2 * at_home:
+        text += f"blows up {extrapolated / at_home:.1f}-fold, "
+        text += f"from {at_home:.1f} to {extrapolated:.1f}"
+    else:
+        text += f"does not blow up ({at_home:.1f} at {window}, {extrapolated:.1f} at {long})"
+    text += f"; Position Interpolation without fine-tuning has {interpolated:.1f} there, "
+    if interpolated < extrapolated:
+        text += "better than extrapolating"
+    else:
+        text += "no better than extrapolating"
+
+    # How the fine-tuned models fare there
+    text += f", and after {pi.steps} steps {tuned:.1f}, "
+    if tuned <= at_home:
+        text += "at or below the base at its own window, "
+    else:
+        text += f"{tuned / at_home - 1:.0%} above the base at its own window, "
+    curve = [ppl for size, ppl in pi.ppl.items() if int(size) >= window]
+    if sorted(set(curve), reverse=True) != curve:
+        text += "not "
+    return (
+        text + f"falling as the window grows; direct fine-tuning has {direct.ppl[str(long)]:.1f}."
+    )
+
+
+def passkey_sentences(pi: Row, direct: Row, window: int) -> list[str]:
+    share = (
+        f"With no passkey beyond {window} tokens in the fine-tune, PI finds "
+        f"{share_beyond(pi, window):.0%} of the keys beyond the original window after {pi.steps} "
+        f"steps, direct fine-tuning {share_beyond(direct, window):.0%}."
+    )
+    reach = (
+        f"k_max ends before the first distance at which fewer than {passkey.THRESHOLD:.0%} are "
+        f"found: it is {k_max_in_words(pi, window)} for PI and {k_max_in_words(direct, window)} "
+        "for direct fine-tuning, so PI reaches "
+    )
+    if pi.k_max > direct.k_max:
+        reach += "further."
+    elif pi.k_max < direct.k_max:
+        reach += "less far."
+    else:
+        reach += "as far."
+    return [share, reach]
+
+
+def share_beyond(row: Row, window: int) -> float:
+    """The share of keys found among those that are more than `window` tokens before the end."""
+    return statistics.mean(point["success"] for point in row.points if point["k"] > window)
+
+
+def k_max_in_words(row: Row, window: int) -> str:
+    longest = max(point["k"] for point in row.points)
+    if row.k_max >= longest:
+        return f"{row.k_max} (the whole window)"
+    if row.k_max > window:
+        return f"{row.k_max} of {longest} (beyond the original window)"
+    return f"{row.k_max} of {longest} (within the original window)"
+
+
+def table(runs: list[list[Row]]) -> str:
+    """The rows as text; of several runs, one for each seed, mean and standard deviation."""
+    windows = list(runs[0][0].ppl)
+    header = ["", "rope", "steps"] + [f"ppl at {window}" for window in windows] + ["k_max"]
+    if len(runs) > 1:
+        header.append("k_max of each seed")
+    lines = []
+    for same_row in zip(*runs):
+        first = same_row[0]
+        line = [first.name, first.rope, first.steps]
+        for window in windows:
+            line.append(mean_and_spread([row.ppl[window] for row in same_row], ".2f"))
+        k_max = [row.k_max for row in same_row]
+        line.append(mean_and_spread(k_max, ".0f"))
+        if len(runs) > 1:
+            line.append(", ".join(str(k) for k in k_max))
+        lines.append(line)
+    return cli.text_table(header, lines)
+
+
+def mean_and_spread(values: list[float], digits: str) -> str:
+    """A value, or the mean of several and their standard deviation."""
+    text = format(statistics.mean(values), digits)
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):{digits}}"
+    return text
+
+
+# ---- the results as pictures ---------------------------------------------------------------------
+
+
+def draw(rows: list[Row], window: int, path: Path) -> None:
+    """Draw perplexity over the window, loss over the position and passkeys over the distance."""
+    lines = {"base, extrapolated": rows[0], "PI, no fine-tuning": rows[1]}
+    for name, row in last_rows(rows).items():
+        if row.steps > 0:
+            lines[f"{name}, {row.steps} steps"] = row
+
+    # What plots.py takes: results in the form of eval_ppl.py's and passkey.py's
+    results = []
+    for label, row in lines.items():
+        result = {
+            "label": label,
+            "original_window": window,
+            "windows": [{"window": int(size), "ppl": ppl} for size, ppl in row.ppl.items()],
+            "positions": {"nll": row.positions},
+            "points": row.points,
+            "k_max": row.k_max,
+        }
+        results.append(result)
+    figure, (left, middle, right) = plots.new_figure(3, 5.0)
+    plots.draw_perplexity(left, results)
+    plots.draw_positions(middle, results)
+    plots.draw_passkeys(right, results, passkey.THRESHOLD)
+    plots.save_figure(figure, path)
+
+
+def draw_steps(rows: list[Row], window: int, long: int, path: Path) -> None:
+    """Draw perplexity and k_max over fine-tuning steps, as in the paper's tables 3 and 4."""
+    ppl_curves = []
+    reach_curves = []
+    for name in METHODS:
+        curve = [row for row in rows if row.name == name]
+        if name == "direct":
+            # Before the first step it is the extrapolated base
+            curve.append(rows[0])
+        if len(curve) > 1:
+            ppl_curves.append(Curve(name, long, {row.steps: row.ppl[str(long)] for row in curve}))
+            reach_curves.append(Curve(name, long, {row.steps: row.k_max for row in curve}))
+
+    # Start at the third style, so that a method looks the same here and in `draw`
+    figure, (left, right) = plots.new_figure(2, 5.0)
+    plots.draw_perplexity_over_steps(left, ppl_curves, first_style=2)
+    plots.draw_reach_over_steps(right, reach_curves, [{"original_window": window}], first_style=2)
+    plots.save_figure(figure, path)
+
+
+# ---- the run -------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     started = time.perf_counter()
+
+    # Refuse bad input in one line, before torchrun would add a report of its own
+    cli.device_and_dtype(args.device)
+    if args.data:
+        next(data.read_documents(args.data, "train"))
+
     out = Path(args.out)
     runs = []
     for seed in args.seeds:
-        rows, config = run_seed(args, seed)
+        rows, window, long = run_seed(args, seed)
         runs.append(rows)
-        window, long = config.original_window, checkpoint.extend(config, args.scale, "linear").block_size
-        folder = out if seed == args.seeds[0] else out / f"seed-{seed}"
+
+        # Report: JSON, pictures, a table and sentences. The first seed's files go beside the stages
+        folder = out
+        if seed != args.seeds[0]:
+            folder = out / f"seed-{seed}"
+        sentences = summary(rows, window, long)
+        result = {
+            "seed": seed,
+            "window": window,
+            "long": long,
+            "rows": [row._asdict() for row in rows],
+            "summary": sentences,
+            "seconds": time.perf_counter() - started,
+        }
+        cli.write_json(folder / "demo.json", result)
         draw(rows, window, folder / "demo.png")
         draw_steps(rows, window, long, folder / "demo_steps.png")
-        sentences = summary(rows, window, long)
-        checkpoint.write_json(folder / "demo.json", {
-            "seed": seed, "window": window, "long": long, "rows": rows, "summary": sentences,
-            "seconds": time.perf_counter() - started,
-        })  # fmt: skip
-        print(f"\nseed {seed}: window {window}, extended to {long}\n\n{as_table(rows)}\n")
-        print("\n".join(sentences) + f"\n\n{folder / 'demo.json'}, {folder / 'demo.png'}, {folder / 'demo_steps.png'}")
+        print(f"\nseed {seed}: window {window}, extended to {long}\n\n{table([rows])}\n")
+        print("\n".join(sentences))
+        print(f"\nwritten: demo.json, demo.png and demo_steps.png in {folder}")
+
     if len(runs) > 1:
-        text = spread(runs)
-        print(f"\nmean ± standard deviation over seeds {', '.join(map(str, args.seeds))}\n\n{text}")
-        with checkpoint.replacing(out / "seeds.txt") as temporary:
-            temporary.write_text(text + "\n")
+        text = table(runs)
+        seeds = ", ".join(str(seed) for seed in args.seeds)
+        print(f"\nmean ± standard deviation over seeds {seeds}\n\n{text}")
+        with cli.replacing(out / "seeds.txt") as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
     print(f"{time.perf_counter() - started:,.0f} s", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    checkpoint.run(main)
+    cli.run(main)

@@ -1,63 +1,107 @@
-"""demo.py: sentences that follow the numbers, stages that are kept or redone, the whole of it on a very small scale."""
+"""demo.py: sentences that follow the numbers, stages that are kept or redone, a very small demo."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+import cli
 import demo
+from parallel import states
+from passkey import k_max
 
 ROOT = Path(__file__).parent.parent
-KS = [128, 256, 384, 512]
+DEMO = [sys.executable, str(ROOT / "demo.py")]
+DISTANCES = [128, 256, 384, 512]
 
 
-def row(name: str, steps: int, near: float, far: float, k_max: int) -> dict:
-    points = [{"k": k, "success": 1.0 if k <= k_max else 0.0} for k in KS]
-    return {"name": name, "rope": demo.METHODS.get(name, "none"), "steps": steps, "ppl": {"256": near, "512": far},
-            "k_max": k_max, "points": points}  # fmt: skip
+def row(name: str, steps: int, near: float, far: float, found: list[float]) -> demo.Row:
+    """A row with perplexities at 256 and 512, and the share of keys found at each of DISTANCES."""
+    points = [{"k": k, "success": share} for k, share in zip(DISTANCES, found)]
+    rope = demo.METHODS.get(name, "none")
+    return demo.Row(name, rope, steps, {"256": near, "512": far}, k_max(points), points, [])
 
 
-def rows(**change) -> list[dict]:
-    """What the paper would have us see, but for the rows that are changed."""
-    made = {
-        "base": row("base", 0, 16.0, 42.0, 0), "untuned": row("PI", 0, 20.0, 20.5, 0),
-        "pi": row("PI", 200, 15.8, 15.6, 512), "direct": row("direct", 200, 15.9, 16.4, 128),
-    } | change  # fmt: skip
-    return list(made.values())
+def rows(**changed) -> list[demo.Row]:
+    """What the paper lets us expect, but for the rows that are changed."""
+    expected = {
+        "base": row("base", 0, 16.0, 42.0, [0, 0, 0, 0]),
+        "untuned": row("PI", 0, 20.0, 20.5, [0, 0, 0, 0]),
+        "pi": row("PI", 200, 15.8, 15.6, [1, 1, 1, 0.8]),
+        "direct": row("direct", 200, 15.9, 16.4, [1, 0.1, 0.6, 0.2]),
+    }
+    return list((expected | changed).values())
+
+
+# ---- the summary ---------------------------------------------------------------------------------
 
 
 def test_the_sentences_of_a_success():
-    first, second = demo.summary(rows(), 256, 512)
-    for words in ("blows up 2.6-fold, from 16.0 to 42.0", "20.5 there, better than", "after 200 steps 15.6, at or below the base",
-                  "falling as the window", "direct fine-tuning has 16.4"):  # fmt: skip
-        assert words in first
-    assert "PI finds keys over the whole window (k_max 512) after 200 steps, further than direct" in second
-    assert "no further than the original window (k_max 128 of 512)" in second
+    perplexity, share, reach = demo.summary(rows(), 256, 512)
+    assert "blows up 2.6-fold, from 16.0 to 42.0" in perplexity
+    assert "20.5 there, better than" in perplexity
+    assert "after 200 steps 15.6, at or below the base" in perplexity
+    assert "window, falling as the window" in perplexity
+    assert "direct fine-tuning has 16.4" in perplexity
+    assert "PI finds 90% of the keys beyond the original window after 200 steps" in share
+    assert "direct fine-tuning 40%" in share
+    assert "512 (the whole window) for PI" in reach
+    assert "128 of 512 (within the original window) for direct" in reach
+    assert reach.endswith("PI reaches further.")
 
 
-@pytest.mark.parametrize("change, sentence, there, gone", [
-    (dict(base=row("base", 0, 16.0, 16.5, 0)), 0, "does not blow up (16.0 at 256, 16.5 at 512)", "blows up"),
-    (dict(untuned=row("PI", 0, 60.0, 61.0, 0)), 0, "61.0 there, no better than", "61.0 there, better"),
-    (dict(pi=row("PI", 200, 17.0, 17.6, 512)), 0, "17.6, 10% above the base", "at or below"),
-    (dict(pi=row("PI", 200, 15.0, 15.6, 512)), 0, "not falling as the window", ", falling"),
-    (dict(pi=row("PI", 200, 15.8, 15.6, 384)), 1, "beyond the original window, though not to the end (k_max 384 of 512)", "whole window"),
-    (dict(pi=row("PI", 200, 15.8, 15.6, 128)), 1, "as far as direct fine-tuning", "further than direct"),
-    (dict(direct=row("direct", 200, 15.9, 16.4, 512), pi=row("PI", 200, 15.8, 15.6, 0)), 1, "less far than direct", "further than direct"),
-])  # fmt: skip
-def test_the_sentences_follow_the_numbers(change, sentence, there, gone):
-    text = demo.summary(rows(**change), 256, 512)[sentence]
-    assert there in text and gone not in text
+@pytest.mark.parametrize(
+    "changed, sentence, expected",
+    [
+        (
+            {"base": row("base", 0, 16.0, 16.5, [0, 0, 0, 0])},
+            0,
+            "does not blow up (16.0 at 256, 16.5 at 512)",
+        ),
+        ({"untuned": row("PI", 0, 60.0, 61.0, [0, 0, 0, 0])}, 0, "61.0 there, no better than"),
+        ({"pi": row("PI", 200, 17.0, 17.6, [1, 1, 1, 1])}, 0, "17.6, 10% above the base"),
+        ({"pi": row("PI", 200, 15.0, 15.6, [1, 1, 1, 1])}, 0, "window, not falling as the window"),
+        ({"pi": row("PI", 200, 15.8, 15.6, [1, 0, 0, 0])}, 1, "PI finds 0% of the keys beyond"),
+        (
+            {"pi": row("PI", 200, 15.8, 15.6, [1, 1, 1, 0])},
+            2,
+            "384 of 512 (beyond the original window) for PI",
+        ),
+        ({"pi": row("PI", 200, 15.8, 15.6, [1, 0, 0, 0])}, 2, "PI reaches as far."),
+        ({"pi": row("PI", 200, 15.8, 15.6, [0, 1, 1, 1])}, 2, "PI reaches less far."),
+    ],
+)
+def test_the_sentences_follow_the_numbers(changed, sentence, expected):
+    assert expected in demo.summary(rows(**changed), 256, 512)[sentence]
+    assert expected not in demo.summary(rows(), 256, 512)[sentence]
+
+
+def test_the_table_of_one_run_and_of_several():
+    first = rows()
+    second = rows(pi=row("PI", 200, 16.8, 16.6, [1, 1, 0, 0]))
+    line = demo.table([first]).splitlines()[4]
+    assert line.split() == ["PI", "linear", "200", "15.80", "15.60", "512"]
+    line = demo.table([first, second]).splitlines()[4]
+    assert "16.30 ± 0.71" in line
+    assert "16.10 ± 0.71" in line
+    assert "384 ± 181" in line
+    assert "512, 256" in line
+
+
+# ---- the stages ----------------------------------------------------------------------------------
 
 
 def test_a_stage_is_kept_until_its_settings_change(tmp_path):
-    made = []
+    calls = []
 
     def work():
-        made.append(1)
-        return {"value": len(made)}
+        calls.append(1)
+        return {"value": len(calls)}
 
     file = tmp_path / "stage.json"
     assert demo.stage(file, {"steps": 1}, work)["value"] == 1
@@ -66,43 +110,108 @@ def test_a_stage_is_kept_until_its_settings_change(tmp_path):
     assert demo.stage(file, {"steps": 1}, work)["value"] == 3
 
 
-def test_spread_over_seeds():
-    text = demo.spread([rows(), rows(pi=row("PI", 200, 16.8, 16.6, 256))])
-    line = next(line for line in text.splitlines() if line.startswith("PI") and " 200 " in line)
-    assert "16.30 ± 0.71" in line and "16.10 ± 0.71" in line and "384 ± 181" in line and "512, 256" in line
-
-
-@pytest.mark.parametrize("flags, words", [
-    (["--scale", "1"], ["--scale", "above 1"]),
-    (["--steps", "ten"], ["--steps", "ten"]),
-    (["--seeds", "-1"], ["--seeds", "-1"]),
-    (["--init", "nowhere"], ["nowhere"]),
-])  # fmt: skip
-def test_bad_input_is_one_line(tmp_path, flags, words):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "demo.py"), *flags], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1 and all(word in done.stderr for word in words), done.stderr
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--scale", "1"], ["--scale", "above 1"]),
+        (["--steps", "ten"], ["--steps", "ten"]),
+        (["--seeds", "-1"], ["--seeds", "-1"]),
+        (["--tries", "0"], ["--tries", "at least 1"]),
+        (["--init", "nowhere"], ["nowhere"]),
+        (["--data", "nowhere"], ["nowhere"]),
+        (["--device", "abacus"], ["--device abacus"]),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, flags, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        cli.run(lambda: demo.main(flags))
+    assert end.value.code == 2
+    message = capsys.readouterr().err
+    assert len(message.splitlines()) == 1
+    assert all(word in message for word in words), message
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("cores", [1, 2])
+def test_a_failed_training_ends_the_demo(tmp_path, monkeypatch, capfd, cores):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    flags = [
+        "--data",
+        str(ROOT / "rope.py"),
+        "--max_iters",
+        "1",
+        "--out",
+        "run",
+        "--grad_clip",
+        "-1",
+    ]
+    with pytest.raises(SystemExit) as end:
+        cli.run(lambda: demo.run_train(flags, "cpu"))
+    assert end.value.code != 0
+    assert "--grad_clip: must be" in capfd.readouterr().err
+
+
+def interrupt(command: list[str], folder: Path, steps: int) -> str:
+    """Start the demo, press Ctrl-C after so many steps of the base. Returns standard error."""
+    log = folder / "out/demo/seed-0/base/log.jsonl"
+    process = subprocess.Popen(
+        command, cwd=folder, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 300
+    while not log.exists() or len(log.read_text().splitlines()) < steps:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    return errors
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
+    command = DEMO + ["--data", str(ROOT / "rope.py"), "--base_steps", "5000", "--device", "cpu"]
+    base = tmp_path / "out/demo/seed-0/base"
+    saved = [0]
+    for _ in range(2):
+        errors = interrupt(command, tmp_path, saved[-1] + 1)
+        assert "stopped at step" in errors
+        assert "the same command goes on" in errors
+        assert str(ROOT / "demo.py") not in errors  # no traceback of the demo itself
+        saved.append(int(states(base)[-1].name.removeprefix("step-")))
+    assert 0 < saved[1] < saved[2] < 5000
+    log = [json.loads(line)["iter"] for line in (base / "log.jsonl").read_text().splitlines()]
+    assert log == list(range(1, saved[2] + 1))
+
+
 def test_the_whole_demo_very_small(tmp_path):
-    text = [str(ROOT / name) for name in ("model.py", "checkpoint.py", "data.py", "train.py", "eval_ppl.py", "rope.py")]
-    command = [sys.executable, str(ROOT / "demo.py"), "--data", *text, "--base_steps", "4", "--steps", "1,2", "--distances", "2",
-               "--tries", "1", "--documents", "1", "--max_tokens", "600", "--device", "cpu"]  # fmt: skip
-    env = os.environ | {"OMP_NUM_THREADS": "2"}
-    first = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=500)
+    names = ("model.py", "checkpoint.py", "data.py", "train.py", "eval_ppl.py", "rope.py")
+    command = DEMO + ["--data"] + [str(ROOT / name) for name in names]
+    command += ["--base_steps", "4", "--steps", "1,2", "--distances", "2", "--tries", "1"]
+    command += ["--documents", "1", "--max_tokens", "600", "--device", "cpu"]
+    first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert first.returncode == 0, first.stderr
-    result = json.loads((tmp_path / "out/demo/demo.json").read_text())
+
+    out = tmp_path / "out/demo"
+    result = json.loads((out / "demo.json").read_text())
     assert [(row["name"], row["rope"], row["steps"]) for row in result["rows"]] == [
-        ("base", "none", 0), ("PI", "linear", 0), ("PI", "linear", 1), ("PI", "linear", 2), ("direct", "none", 1), ("direct", "none", 2),
-    ]  # fmt: skip
-    assert all(set(row["ppl"]) == {"128", "256", "512"} and row["k_max"] == 0 for row in result["rows"])
-    assert result["seconds"] > 0 and all(sentence in first.stdout for sentence in result["summary"])
+        ("base", "none", 0),
+        ("PI", "linear", 0),
+        ("PI", "linear", 1),
+        ("PI", "linear", 2),
+        ("direct", "none", 1),
+        ("direct", "none", 2),
+    ]
+    for row in result["rows"]:
+        assert set(row["ppl"]) == {"128", "256", "512"}
+        assert row["k_max"] == 0
+    assert result["seconds"] > 0
+    assert all(sentence in first.stdout for sentence in result["summary"])
     for picture in ("demo.png", "demo_steps.png"):
-        assert (tmp_path / "out/demo" / picture).read_bytes().startswith(b"\x89PNG")
-    # again: everything is kept, and says the same
-    again = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100)
-    assert again.returncode == 0 and again.stderr.count("kept from an earlier run") == 9, again.stderr
+        assert (out / picture).read_bytes().startswith(b"\x89PNG")
+
+    # The same command again keeps every stage and says the same
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("kept from an earlier run") == 9, again.stderr
     assert again.stdout == first.stdout

@@ -1,36 +1,39 @@
-"""How fast and how lean: this model beside transformers' LlamaForCausalLM, in one run.
+"""Speed and peak memory of this model beside transformers' LlamaForCausalLM, in one run.
 
-Read model.py and checkpoint.py first. Then here: `Ours` and `Theirs` (two sides with the same methods), `prepare`
-(the three tasks), `peak_memory`, `time_both`, and `main`.
-
-    python bench.py                                     # 35 M parameters at 1,024 to 4,096 tokens: minutes on a CPU
+    python bench.py                 # 35 M parameters at 1,024 to 4,096 tokens: minutes on a CPU
     python bench.py --tasks decode --windows 1024 --repeats 9
-    python bench.py --preset llama-7b --n_layer 4 --windows 8192,32768 --checkpoint_activations full --compile
+    python bench.py --preset llama-7b --n_layer 4 --windows 8192,32768 --compile
 
-Both sides open the same folder, with PyTorch's scaled_dot_product_attention and the same dtype, optimizer, activation
-checkpointing and compilation; their logits must agree before anything is timed. They take turns, so that whatever
-else the machine does meets both. A training step is forward, loss, backward and AdamW; prefill reads a window into
-a KV cache and makes the last token's logits; decoding adds tokens to a cache, greedily, up to the window.
-Each figure is the median of the repeats (lowest..highest); a ratio is ours over transformers'.
+Both sides open the same checkpoint with the same dtype, optimizer and activation checkpointing, and
+their logits must agree before anything is timed. There are three tasks:
+
+    train    one step: forward, loss, backward and AdamW
+    prefill  read a window into a KV cache and compute the last token's logits
+    decode   add --new_tokens tokens to a KV cache, greedily, up to the window
+
+The two sides take turns, so that whatever else the machine does slows both. Speed is the median of
+the repeats, and a ratio is ours over transformers'.
 """
 
 import argparse
 import gc
 import inspect
+import itertools
 import math
 import multiprocessing
-import os
 import platform
+import re
+import resource
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -38,21 +41,23 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoint
+import cli
 import cost
-import eval_ppl
-from model import PRESETS, ChunkedCrossEntropy, KVCache, LLaMA, LLaMAConfig
-from rope import apply_rope
+import plots
+from loss import IGNORED
+from model import PRESETS, KVCache, LLaMA, LLaMAConfig
 
 TASKS = ("train", "prefill", "decode")
-SHAPE = dict(vocab_size=32000, n_layer=6, n_head=6, n_embd=384, intermediate_size=1024)  # 35 M, heads of 64
+# The shape where no --preset is given: 35 M parameters, with heads of 64 as in many larger models
+SHAPE = dict(vocab_size=32000, n_layer=6, n_head=6, n_embd=384, intermediate_size=1024)
 SHAPE_FLAGS = (*SHAPE, "n_kv_head")
 
-# ---- the two sides -----------------------------------------------------------------------------------------------
+# ---- the two sides -------------------------------------------------------------------------------
 
 
 @dataclass
 class Settings:
-    """What both sides share. dtype: of the weights; in training that of autocast, the weights being float32."""
+    """What both sides share."""
 
     config: LLaMAConfig
     device: torch.device
@@ -62,74 +67,87 @@ class Settings:
     checkpoint_activations: str
     compile: bool
 
-    def weights(self, task: str) -> torch.dtype:
+    def weight_dtype(self, task: str) -> torch.dtype:
+        """Training keeps the weights in float32 and computes in dtype by autocast."""
         return torch.float32 if task == "train" else self.dtype
 
-    def autocast(self):
-        return torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
+    @property
+    def warm_ups(self) -> int:
+        """Calls of a task that do not count.
 
-    def ids(self, window: int) -> Tensor:
-        """Random tokens (B, window), the same on both sides."""
-        shape, generator = (self.batch_size, window), torch.Generator().manual_seed(0)
-        return torch.randint(self.config.vocab_size, shape, generator=generator).to(self.device)
+        The first compiles, and it allocates the optimizer's moments. In the second, decoding goes
+        back in the cache, which transformers is compiled for once more.
+        """
+        return 2 if self.compile else 1
 
+    def autocast(self) -> AbstractContextManager:
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
 
-def next_tokens(ids: Tensor) -> Tensor:
-    """The target of each token (B, T): the one after it, and none for the last."""
-    return F.pad(ids[:, 1:], (0, 1), value=-100)
+    def ids(self, length: int) -> Tensor:
+        """Random tokens (B, length), the same in each call."""
+        shape = (self.batch_size, length)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(self.config.vocab_size, shape, generator=generator)
+        return ids.to(self.device)
 
 
 class Ours:
+    """This repo's model, with the methods that are measured."""
+
     def __init__(self, folder: str, task: str, settings: Settings) -> None:
-        self.model = checkpoint.load(folder, device=settings.device, dtype=settings.weights(task))
+        dtype = settings.weight_dtype(task)
+        self.model = checkpoint.load(folder, device=settings.device, dtype=dtype)
         self.model.checkpoint_activations = settings.checkpoint_activations
         if task != "train":
-            self.model.lay_out_for_decoding()  # as python model.py does
+            self.model.lay_out_for_decoding()  # as generate.py does
         if settings.compile:
+            # Block by block, as train.py does: compiling the whole model takes longer
             for block in self.model.layers:
                 block.compile()
+            # A block's compile() is about its `forward`, but `next_token_logits` calls this method
+            last = self.model.layers[-1]
+            last.last_token = torch.compile(last.last_token)
 
     def logits(self, ids: Tensor) -> Tensor:
         return self.model(ids)
 
     def loss(self, ids: Tensor) -> Tensor:
-        return self.model(ids, next_tokens(ids))
+        targets = F.pad(ids[:, 1:], (0, 1), value=IGNORED)  # the next token of each
+        return self.model(ids, targets)
 
     def prefill(self, ids: Tensor, window: int) -> tuple[Tensor, KVCache]:
+        """Read ids (B, T). Returns the likeliest next token (B, 1), and a cache for the window."""
         weight = self.model.lm_head.weight
         cache = KVCache(self.model.config, len(ids), window, weight.device, weight.dtype)
         return self.decode(ids, cache), cache
 
     def decode(self, ids: Tensor, cache: KVCache) -> Tensor:
-        return self.model.lm_head(self.model.hidden(ids, cache, last=True)).argmax(-1)
+        """The likeliest token (B, 1) after the cache's tokens and ids (B, T)."""
+        return self.model.next_token_logits(ids, cache).argmax(-1, keepdim=True)
 
     def rewind(self, cache: KVCache, length: int) -> None:
+        """Keep only the first `length` tokens of the cache."""
         cache.length = length
 
-    def rope(self, q: Tensor, k: Tensor, layers: int) -> tuple[Tensor, Tensor]:
-        T = q.size(2)
-        cos, sin = self.model.rope_cos_sin(torch.arange(T, device=q.device), T)
-        for _ in range(layers):
-            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        return q, k
 
-    def head_loss(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        return ChunkedCrossEntropy.apply(hidden.flatten(0, 1), self.model.lm_head.weight, next_tokens(ids).flatten())
+class Transformers:
+    """transformers' model, with the methods of `Ours`."""
 
-
-class Theirs:
     def __init__(self, folder: str, task: str, settings: Settings) -> None:
         transformers = import_transformers()
         transformers.utils.logging.disable_progress_bar()
-        options = dict(attn_implementation="sdpa", dtype=settings.weights(task))
-        model = transformers.LlamaForCausalLM.from_pretrained(folder, **options).to(settings.device)
-        self.model = model.train(task == "train")
+        options = {"attn_implementation": "sdpa", "dtype": settings.weight_dtype(task)}
+        model = transformers.LlamaForCausalLM.from_pretrained(folder, **options)
+        self.model = model.to(settings.device).train(task == "train")
+        # The argument has one of these names, by the release of transformers 5
         names = inspect.signature(model.forward).parameters
-        self.cache_name = "cache" if "cache" in names else "past_key_values"  # it was renamed in version 5
+        self.cache_name = "cache" if "cache" in names else "past_key_values"
         if settings.checkpoint_activations == "full":
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         if settings.compile:
-            self.model.compile()
+            model.compile()
 
     def logits(self, ids: Tensor) -> Tensor:
         return self.model(input_ids=ids, use_cache=False).logits
@@ -141,41 +159,29 @@ class Theirs:
         cache = import_transformers().DynamicCache(config=self.model.config)
         return self.decode(ids, cache), cache
 
-    def decode(self, ids: Tensor, cache) -> Tensor:
-        return self.model(input_ids=ids, **{self.cache_name: cache}, logits_to_keep=1).logits.argmax(-1)
+    def decode(self, ids: Tensor, cache: object) -> Tensor:
+        inputs = {"input_ids": ids, self.cache_name: cache}
+        return self.model(**inputs, logits_to_keep=1).logits.argmax(-1)
 
-    def rewind(self, cache, length: int) -> None:
-        if cache.get_seq_length() > length:
-            cache.crop(length - cache.get_seq_length())
-
-    def rope(self, q: Tensor, k: Tensor, layers: int) -> tuple[Tensor, Tensor]:
-        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
-        cos, sin = self.model.model.rotary_emb(q, torch.arange(q.size(2), device=q.device)[None])
-        for _ in range(layers):
-            q, k = apply_rotary_pos_emb(q, k, cos, sin)
-        return q, k
-
-    def head_loss(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        vocab_size = self.model.config.vocab_size
-        return self.model.loss_function(logits=self.model.lm_head(hidden), labels=ids, vocab_size=vocab_size)
+    def rewind(self, cache: object, length: int) -> None:
+        surplus = cache.get_seq_length() - length
+        if surplus > 0:
+            cache.crop(-surplus)  # a negative number of tokens is removed from the end
 
 
-def import_transformers():
-    try:
-        import transformers
-    except ImportError:
-        raise ValueError('transformers is not installed: pip install -e ".[test]"') from None
-    return transformers
+SIDES = {"ours": Ours, "transformers": Transformers}
 
 
-SIDES = {"ours": Ours, "transformers": Theirs}
+def import_transformers() -> ModuleType:
+    return cli.import_extra("transformers", "test", "bench.py")
 
 
 def save_random(config: LLaMAConfig, folder: str) -> None:
-    """A model with random weights under which attention is far from uniform and logits are of order 1."""
+    """Save a model with random weights."""
     torch.manual_seed(0)
     model = LLaMA(config)
+    # With these weights attention is far from uniform and no logit is zero, so that a difference
+    # between the two sides anywhere in the model shows in the logits
     for weight in model.parameters():
         if weight.dim() == 2:
             nn.init.normal_(weight, std=1 / math.sqrt(weight.size(1)))
@@ -183,56 +189,127 @@ def save_random(config: LLaMAConfig, folder: str) -> None:
 
 
 @torch.inference_mode()
-def difference(ours: Ours, theirs: Theirs, settings: Settings) -> float:
-    """The largest difference of a logit, in standard deviations of all logits. ValueError if that is no rounding."""
+def logit_difference(ours: Ours, theirs: Transformers, settings: Settings) -> float:
+    """The largest difference between logits, in standard deviations of all logits.
+
+    Raises ValueError if rounding does not explain it.
+    """
+    ids = settings.ids(64)
     with settings.autocast():
-        a, b = (side.logits(settings.ids(64)).float() for side in (ours, theirs))
-    off = ((a - b).abs().max() / b.std()).item()
-    if not off < (1e-3 if settings.dtype == torch.float32 else 0.2):
-        raise ValueError(f"the two sides are not the same model: their logits differ by {off:.2g} standard deviations")
-    return off
+        a = ours.logits(ids).float()  # (B, T, V)
+        b = theirs.logits(ids).float()
+    difference = ((a - b).abs().max() / b.std()).item()
+    allowed = 1e-3 if settings.dtype == torch.float32 else 0.2
+    if not difference < allowed:  # written so that nan raises too
+        raise ValueError(
+            "the two sides are not the same model: "
+            f"their logits differ by {difference:.2g} standard deviations"
+        )
+    return difference
 
 
-# ---- what is measured --------------------------------------------------------------------------------------------
+# ---- what is measured ----------------------------------------------------------------------------
 
 
-def prepare(side: Ours | Theirs, task: str, window: int, settings: Settings) -> Callable[[], None]:
-    """All that comes before the task, done once; calling what is returned does the task."""
+def prepare(
+    side: Ours | Transformers, task: str, window: int, settings: Settings
+) -> Callable[[], object]:
+    """A function that does the task each time it is called. It needs `Settings.warm_ups` first."""
     if task == "train":
+        ids = settings.ids(window)
         optimizer = torch.optim.AdamW(side.model.parameters(), lr=1e-5, fused=True)
 
-        def step(ids: Tensor) -> None:
+        def step() -> None:
             with settings.autocast():
                 loss = side.loss(ids)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
 
-        step(settings.ids(2))  # AdamW's moments are there from the second step on
-        ids = settings.ids(window)
-        return lambda: step(ids)
+        return step
 
     if task == "prefill":
         ids = settings.ids(window)
-        return torch.inference_mode()(lambda: side.prefill(ids, window))
 
+        @torch.inference_mode()
+        def prefill() -> None:
+            side.prefill(ids, window)
+
+        return prefill
+
+    # decode: fill the cache but for the last new_tokens of the window, which are then added
     start = window - settings.new_tokens
     with torch.inference_mode():
         first, cache = side.prefill(settings.ids(start), window)
 
     @torch.inference_mode()
-    def decode() -> None:
-        side.rewind(cache, start)
-        token = first
+    def decode() -> Tensor:
+        side.rewind(cache, start)  # to where the call before began
+        tokens = [first]
         for _ in range(settings.new_tokens):
-            token = side.decode(token, cache)
+            tokens.append(side.decode(tokens[-1], cache))
+        return torch.cat(tokens, dim=1)  # (B, 1 + new_tokens)
 
     return decode
 
 
-def seconds(call: Callable[[], object], device: torch.device) -> float:
+def peak_memory(name: str, folder: str, task: str, window: int, settings: Settings) -> int:
+    """Peak bytes of a task, with weights, optimizer and cache. To be called in a new process.
+
+    On a GPU they are what PyTorch's allocator handed out. On a CPU they are what the process has
+    grown by since everything was imported.
+    """
+    import_transformers().LlamaForCausalLM  # the first use of this name imports a large module
+    before = process_memory("VmRSS")
+    call = prepare(SIDES[name](folder, task, settings), task, window, settings)
+    for _ in range(settings.warm_ups):
+        call()
+    # Reset the peak, because loading or compiling may have taken more than the task does
+    cuda = settings.device.type == "cuda"
+    reset = Path("/proc/self/clear_refs")
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(settings.device)
+    elif reset.exists():
+        reset.write_text("5")
+    call()
+    if cuda:
+        return torch.cuda.max_memory_allocated(settings.device)
+    return process_memory("VmHWM") - before
+
+
+def process_memory(name: str) -> int:
+    """Bytes of memory that this process has now ("VmRSS") or has had at most ("VmHWM").
+
+    macOS tells the most alone, and so its figures hold what loading and compiling took.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", status.read_text())[1])
+
+
+def in_new_process(function: Callable, *args) -> object:
+    """function(*args), called in a process that has allocated nothing yet."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *args).result()
+
+
+@contextmanager
+def enough_memory(task: str, window: int) -> Iterator[None]:
+    """Report a lack of memory in one line."""
+    try:
+        yield
+    # The pool breaks when Linux kills a process that takes too much
+    except (torch.OutOfMemoryError, BrokenProcessPool):
+        message = f"{task} at {window}: not enough memory: give fewer --n_layer"
+        raise ValueError(message) from None
+
+
+def measure_seconds(call: Callable[[], object], device: torch.device) -> float:
     """The wall-clock time of a call, the device's work included."""
-    gc.collect()
+    gc.collect()  # now, so that it is not done during the call
+    # Wait for the GPU, because PyTorch itself does not wait until it has finished
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     start = time.perf_counter()
@@ -242,257 +319,219 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def resident(peak: bool = False) -> int:
-    """Bytes of memory that this process has, or the most that it had."""
-    if sys.platform != "linux":
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    name = "VmHWM:" if peak else "VmRSS:"
-    status = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in status if line.startswith(name))
-
-
-def peak_memory(side: str, folder: str, task: str, window: int, settings: Settings) -> int:
-    """Peak bytes of the task, weights, optimizer and cache included: what the GPU's allocator handed out, or how much
-    larger this process grew than it was with everything imported (and so by the compiler, with --compile on a CPU).
-    For a process of its own."""
-    import_transformers().LlamaForCausalLM  # the attribute imports the model's file: into the baseline, on both sides
-    before = resident()
-    call = prepare(SIDES[side](folder, task, settings), task, window, settings)
-    if settings.compile:
-        call()  # the compiler's own memory is not the task's
-    if settings.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(settings.device)
-        call()
-        return torch.cuda.max_memory_allocated(settings.device)
-    if os.access("/proc/self/clear_refs", os.W_OK):
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak so far, that of loading, is forgotten
-    call()
-    return resident(peak=True) - before
-
-
-def in_a_process_of_its_own(*args) -> int:
-    """`peak_memory(*args)` where nothing was allocated before."""
-    side, _, task, window, _ = args
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(peak_memory, *args).result()
-        except (torch.OutOfMemoryError, BrokenProcessPool):
-            raise ValueError(f"{side}, {task} at {window}: not enough memory: give fewer --n_layer") from None
-
-
-def parts(side: Ours | Theirs, window: int, settings: Settings) -> dict[str, Callable[[], object]]:
-    """RoPE, and head with loss, as in a training step: forward and backward by themselves, in the same shapes."""
-    config, B, device = settings.config, settings.batch_size, settings.device
-
-    def heads(n: int) -> Tensor:  # as the projections leave them
-        x = torch.randn(B, window, n, config.head_dim, device=device, dtype=settings.dtype)
-        return x.transpose(1, 2).requires_grad_()
-
-    qk, ids = (heads(config.n_head), heads(config.n_kv_head)), settings.ids(window)
-    hidden = torch.randn(B, window, config.n_embd, device=device, dtype=settings.dtype, requires_grad=True)
-
-    def rope() -> None:
-        turned = side.rope(*qk, config.n_layer)
-        torch.autograd.grad(turned, qk, turned)
-
-    def loss() -> None:
-        with settings.autocast():
-            value = side.head_loss(hidden, ids)
-        torch.autograd.grad(value, (hidden, side.model.lm_head.weight))
-
-    return {"rope": rope, "loss": loss}
-
-
-def time_both(calls: dict[str, Callable], repeats: int, device: torch.device, bar: tqdm) -> dict[str, list[float]]:
-    """Seconds of each call, by turns, whoever came last coming first; one round before does not count."""
-    times, order = {name: [] for name in calls}, list(calls)
-    for _ in range(repeats + 1):
+def take_turns(
+    calls: dict[str, Callable[[], object]], repeats: int, warm_ups: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of each call in each of the repeats, after so many rounds of warm-up."""
+    seconds = {name: [] for name in calls}
+    order = list(calls)
+    for _ in range(warm_ups + repeats):
         for name in order:
-            times[name].append(seconds(calls[name], device))
-            bar.update()
-        order.reverse()
-    return {name: values[1:] for name, values in times.items()}
+            seconds[name].append(measure_seconds(calls[name], device))
+        order.reverse()  # whoever came last comes first in the next round
+    return {name: values[warm_ups:] for name, values in seconds.items()}
 
 
 def measure_speed(
-    task: str, args: argparse.Namespace, settings: Settings, folder: str, memory: dict, bar: tqdm
-) -> tuple[list[dict], float]:
-    """The rows of a task, and by how much the two sides' logits differ."""
-    sides = {name: Side(folder, task, settings) for name, Side in SIDES.items()}
-    off, rows = difference(*sides.values(), settings), []
-    for window in args.windows:
-        bar.set_description(f"{task} at {window:,}, speed")
-        calls = {name: prepare(side, task, window, settings) for name, side in sides.items()}
-        times = time_both(calls, args.repeats, settings.device, bar)
-        rows.append(compare(task, window, times, memory[task, window], settings))
-        for name, side in sides.items() if task == "train" else ():
-            for part, call in parts(side, window, settings).items():
-                alone = statistics.median([seconds(call, settings.device) for _ in range(4)][1:])
-                rows[-1][name][f"{part}_share"] = alone / statistics.median(times[name])
-        del calls  # and with them the optimizers, before the next ones come
-    return rows, off
+    task: str, window: int, repeats: int, folder: str, settings: Settings
+) -> tuple[dict[str, list[float]], float]:
+    """Seconds of a task on each side, and the difference of their logits."""
+    gc.collect()  # frees the models of the measurement before, which may be part of cycles
+    ours = Ours(folder, task, settings)
+    theirs = Transformers(folder, task, settings)
+    difference = logit_difference(ours, theirs, settings)
+    # Forget the code that was compiled for another length. PyTorch would go on with slower code for
+    # any length, and after 8 versions of it uncompiled, with no more than a warning.
+    if settings.compile:
+        torch._dynamo.reset()
+    calls = {
+        "ours": prepare(ours, task, window, settings),
+        "transformers": prepare(theirs, task, window, settings),
+    }
+    return take_turns(calls, repeats, settings.warm_ups, settings.device), difference
 
 
-def compare(task: str, window: int, times: dict, memory: dict[str, int], settings: Settings) -> dict:
-    """A row of the results: each side's figures, and ours over theirs."""
-    tokens = settings.batch_size * (settings.new_tokens if task == "decode" else window)
-    peak = cost.peak_flops(settings.device)
+# ---- the results ---------------------------------------------------------------------------------
+
+
+def compare(
+    task: str, window: int, seconds: dict[str, list], memory: dict[str, int], settings: Settings
+) -> dict:
+    """A row of the results: the figures of each side, and the ratios of ours to theirs."""
+    length = settings.new_tokens if task == "decode" else window
+    tokens = settings.batch_size * length
     row = {"task": task, "window": window, "tokens": tokens}
-    for side in SIDES:
-        speed = tokens / statistics.median(times[side])
-        span = dict(min=tokens / max(times[side]), max=tokens / min(times[side]))
-        row[side] = {"tokens_per_second": speed, **span, "memory": memory[side], "seconds": times[side]}
-        if peak and task == "train":  # prefill leaves parts out, decoding waits for memory, not for arithmetic
-            flops = cost.flops_per_token(settings.config, window)
-            row[side]["mfu"] = flops * speed / peak
-    ours, theirs = (row[side] for side in SIDES)
-    pairs = [b / a for a, b in zip(ours["seconds"], theirs["seconds"])]
+    peak = cost.peak_flops(settings.device)
+    for name in SIDES:
+        speed = tokens / statistics.median(seconds[name])
+        figures = {"tokens_per_second": speed, "seconds": seconds[name], "memory": memory[name]}
+        # MFU says little about the other tasks: prefill skips parts of the model, and decoding
+        # waits for memory rather than for arithmetic
+        if task == "train" and peak is not None:
+            figures["mfu"] = speed * cost.flops_per_token(settings.config, window) / peak
+        row[name] = figures
+
+    # The two sides' calls of one round are neighbors in time, so their ratios show the noise
+    ours = row["ours"]
+    theirs = row["transformers"]
+    round_ratios = [b / a for a, b in zip(ours["seconds"], theirs["seconds"])]
     row["speed_ratio"] = ours["tokens_per_second"] / theirs["tokens_per_second"]
-    row |= {"speed_ratio_min": min(pairs), "speed_ratio_max": max(pairs)}
+    row["speed_ratio_min"] = min(round_ratios)
+    row["speed_ratio_max"] = max(round_ratios)
     row["memory_ratio"] = ours["memory"] / theirs["memory"]
     return row
 
 
+def results_table(rows: list[dict]) -> str:
+    """The rows as text."""
+    header = ["task", "window"]
+    header += ["ours: tokens/s", "transformers: tokens/s", "ratio (lowest..highest)"]
+    header += ["ours: MB", "transformers: MB", "ratio"]
+    lines = []
+    for row in rows:
+        cells = [row["task"], row["window"]]
+        for name in SIDES:
+            cell = f"{row[name]['tokens_per_second']:,.1f}"
+            if "mfu" in row[name]:
+                cell += f" (MFU {row[name]['mfu']:.1%})"
+            cells.append(cell)
+        spread = f"{row['speed_ratio_min']:.2f}..{row['speed_ratio_max']:.2f}"
+        cells.append(f"{row['speed_ratio']:.2f} ({spread})")
+        for name in SIDES:
+            cells.append(f"{row[name]['memory'] / 1e6:,.0f}")
+        cells.append(f"{row['memory_ratio']:.2f}")
+        lines.append(cells)
+    return cli.text_table(header, lines)
+
+
 def machine(device: torch.device) -> dict:
-    """What it ran on, and with what."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else names[0] if names else platform.processor()
+    """The device and the software."""
+    name = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
     return {
-        "device": name or platform.machine(), "threads": torch.get_num_threads(), "python": platform.python_version(),
-        "torch": torch.__version__, "transformers": import_transformers().__version__,
-    }  # fmt: skip
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": import_transformers().__version__,
+    }
 
 
-# ---- the command line --------------------------------------------------------------------------------------------
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def task_names(text: str) -> list[str]:
+    """An argparse type: names of TASKS with commas between."""
+    names = text.split(",")
+    if not set(names) <= set(TASKS):
+        raise argparse.ArgumentTypeError(f"takes any of {','.join(TASKS)}, got {text}")
+    return names
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The flags, checked; windows and tasks as lists."""
-    parser = checkpoint.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--preset", choices=PRESETS, help="the model's shape; default: 35 M parameters, 6 layers, heads of 64")
+    one = cli.at_least(1)
+    windows = [1024, 2048, 4096]
+    dtypes = ("auto", "float32", "bfloat16")
+    add("--preset", choices=PRESETS, help="the model's shape; default: 35 M parameters, 6 layers")
     for name in SHAPE_FLAGS:
-        add(f"--{name}", type=int, help="in place of the preset's")
-    add("--windows", nargs="+", default=["1024,2048,4096"], help="tokens of a sequence")
-    add("--tasks", default=",".join(TASKS), help="any of them, with commas")
-    add("--batch_size", type=int, default=1, help="sequences at a time")
-    add("--new_tokens", type=int, default=32, help="decoded in each repeat; the window holds them")
-    add("--repeats", type=int, default=5, help="of each task on each side, after one that doesn't count")
+        add(f"--{name}", type=one, help="in place of the preset's")
+    add("--windows", nargs="+", action=cli.WholeNumbers, const=2, default=windows, help="tokens")
+    add("--tasks", type=task_names, default=",".join(TASKS), help="any of them, with commas")
+    add("--batch_size", type=one, default=1, help="sequences at a time")
+    add("--new_tokens", type=one, default=32, help="that decoding adds; the window holds them")
+    add("--repeats", type=one, default=5, help="of each task on each side")
     add("--checkpoint_activations", default="none", choices=("none", "full"),
-        help="in training; full: each block is computed again in the backward pass, on both sides")  # fmt: skip
+        help="in training; full: each block is computed again in the backward pass")
     add("--compile", action="store_true", help="torch.compile, on both sides")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: a GPU where there is one")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 where the GPU has it")
+    add("--dtype", default="auto", choices=dtypes, help="auto: bfloat16 where the GPU has it")
     add("--out", default="out/bench", help="the folder of bench.json and bench.png")
-    add("--json", help="the results; default: in --out")
-    add("--plot", help="the picture, .png, .svg or .pdf; default: in --out")
+    add("--json", type=cli.file_name(".json"), help="the results; default: in --out")
+    add("--plot", type=cli.file_name(*cli.PICTURES), help="the picture; default: in --out")
     args = parser.parse_args(argv)
-    args.windows, args.tasks = eval_ppl.whole_numbers(args.windows, "--windows", 2), args.tasks.split(",")
-    if not args.windows or set(args.tasks) - set(TASKS):
-        raise ValueError(f"--windows takes whole numbers, --tasks any of {', '.join(TASKS)} with commas between")
-    for flag in ("batch_size", "new_tokens", "repeats"):
-        if getattr(args, flag) < 1:
-            raise ValueError(f"--{flag} must be at least 1, got {getattr(args, flag)}")
+
+    if not args.windows:
+        raise ValueError("--windows is empty: give at least one")
     if "decode" in args.tasks and args.new_tokens >= args.windows[0]:
-        raise ValueError(f"--new_tokens {args.new_tokens} leaves nothing of the smallest window, {args.windows[0]}")
-    args.json, args.plot = args.json or f"{args.out}/bench.json", args.plot or f"{args.out}/bench.png"
-    if Path(args.plot).suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"--plot {args.plot} must end in .png, .svg or .pdf")
+        raise ValueError(f"--new_tokens must be below the smallest window, {args.windows[0]}")
+    args.json = args.json or Path(args.out) / "bench.json"
+    args.plot = args.plot or Path(args.out) / "bench.png"
+    for path in (args.json, args.plot):
+        if not cli.can_be_written(path):
+            raise ValueError(f"{path} can't be written: give another --out")
     return args
 
 
-def settings_of(args: argparse.Namespace) -> Settings:
-    changes = {name: getattr(args, name) for name in SHAPE_FLAGS if getattr(args, name) is not None}
-    fields = (PRESETS[args.preset] if args.preset else SHAPE) | changes | {"block_size": args.windows[-1]}
-    how = (args.batch_size, args.new_tokens, args.checkpoint_activations, args.compile)
-    return Settings(LLaMAConfig(**fields), *checkpoint.device_and_dtype(args), *how)
-
-
-def draw(figure_axes: list, rows: list[dict]) -> None:
-    """Both ratios over the window, a line for each task."""
-    for i, task in enumerate(dict.fromkeys(row["task"] for row in rows)):
-        mine = [row for row in rows if row["task"] == task]
-        windows, ratios = [row["window"] for row in mine], [row["speed_ratio"] for row in mine]
-        spread = [[abs(row[f"speed_ratio_{end}"] - row["speed_ratio"]) for row in mine] for end in ("min", "max")]
-        figure_axes[0].errorbar(windows, ratios, spread, capsize=3, label=task, **eval_ppl.style(i))
-        figure_axes[1].plot(windows, [row["memory_ratio"] for row in mine], label=task, **eval_ppl.style(i))
-    for axis, what in zip(figure_axes, ("tokens per second", "peak memory")):
-        axis.axhline(1, color="0.55", linestyle=(0, (2, 2)), linewidth=1.2, zorder=0)
-        axis.set_xscale("log", base=2)
-        windows = sorted({row["window"] for row in rows})
-        axis.set_xticks(windows, [f"{w:,}" for w in windows])
-        axis.minorticks_off()
-        axis.set_ylim(bottom=0)
-        axis.grid(color="0.9")
-        axis.set(xlabel="window (tokens)", ylabel="ours / transformers", title=f"Ratio of {what}")
-        axis.legend(fontsize=8)
-
-
-def show(rows: list[dict]) -> None:
-    """The results as tables on standard output."""
-
-    def speed(row: dict, side: str) -> str:
-        figures = row[side]
-        mfu = f", MFU {figures['mfu']:.1%}" if "mfu" in figures else ""
-        return f"{figures['tokens_per_second']:,.1f} ({figures['min']:,.1f}..{figures['max']:,.1f}){mfu}"
-
-    header = ["task", "window", *(f"{s}: tokens/s" for s in SIDES), "ratio", *(f"{s}: MB" for s in SIDES), "ratio"]
-    print(eval_ppl.table(header, [
-        [row["task"], row["window"], *(speed(row, side) for side in SIDES),
-         f"{row['speed_ratio']:.2f} ({row['speed_ratio_min']:.2f}..{row['speed_ratio_max']:.2f})",
-         *(f"{row[side]['memory'] / 1e6:,.0f}" for side in SIDES), f"{row['memory_ratio']:.2f}"]
-        for row in rows
-    ]))  # fmt: skip
-    training = [row for row in rows if row["task"] == "train"]
-    if training:
-        print("\nshare of the training step, each part timed by itself, forward and backward in the same shapes")
-        names = [(side, part) for part in ("rope", "loss") for side in SIDES]
-        header = ["window", *(f"{side}: {'RoPE' if part == 'rope' else 'head and loss'}" for side, part in names)]
-        shares = [[row["window"], *(f"{row[s][f'{part}_share']:.1%}" for s, part in names)] for row in training]
-        print(eval_ppl.table(header, shares))
+def choose_settings(args: argparse.Namespace) -> Settings:
+    """What the flags ask for."""
+    shape = dict(SHAPE)
+    if args.preset:
+        shape = dict(PRESETS[args.preset])
+    for name in SHAPE_FLAGS:
+        if getattr(args, name) is not None:
+            shape[name] = getattr(args, name)
+    shape["block_size"] = args.windows[-1]
+    device, dtype = cli.device_and_dtype(args.device, args.dtype)
+    return Settings(
+        LLaMAConfig(**shape), device, dtype, args.batch_size, args.new_tokens,
+        args.checkpoint_activations, args.compile
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    import_transformers()
-    settings = settings_of(args)
-    grid = [(task, window) for task in args.tasks for window in args.windows]
-    memory, rows, off = {}, [], 0.0
-    with tempfile.TemporaryDirectory() as folder, tqdm(total=2 * len(grid) * (args.repeats + 2), unit="call") as bar:
-        save_random(settings.config, folder)
-        for task, window in grid:  # before this process holds anything: all of a GPU is then theirs
-            bar.set_description(f"{task} at {window:,}, memory")
-            memory[task, window] = {}
-            for side in SIDES:
-                memory[task, window][side] = in_a_process_of_its_own(side, folder, task, window, settings)
-                bar.update()
-        for task in args.tasks:
-            try:
-                more, differ = measure_speed(task, args, settings, folder, memory, bar)
-            except torch.OutOfMemoryError:
-                raise ValueError(f"{task}: not enough memory for both sides at a time: give fewer --n_layer") from None
-            rows, off = rows + more, max(off, differ)
+    settings = choose_settings(args)
+    result = {
+        "machine": machine(settings.device),
+        "parameters": settings.config.n_params,
+        "dtype": str(settings.dtype).removeprefix("torch."),
+        "preset": args.preset,
+        "batch_size": args.batch_size,
+        "repeats": args.repeats,
+        "new_tokens": args.new_tokens,
+        "checkpoint_activations": args.checkpoint_activations,
+        "compile": args.compile,
+    }
 
-    names = ("preset", "batch_size", "repeats", "new_tokens", "checkpoint_activations", "compile")
-    dtype, n_params = str(settings.dtype).removeprefix("torch."), settings.config.n_params
-    result = {"machine": machine(settings.device), "parameters": n_params, "dtype": dtype,
-              **{name: getattr(args, name) for name in names}, "logits_differ_by": off, "rows": rows}  # fmt: skip
+    # Measure each task at each window: the peak memory, then the speed
+    cases = list(itertools.product(args.tasks, args.windows))
+    memory = {}
+    rows = []
+    differences = []
+    with tempfile.TemporaryDirectory() as folder:
+        save_random(settings.config, folder)
+        # Memory first: while this process holds nothing, the processes measured have all of a GPU
+        for task, window in tqdm(cases, desc="memory"):
+            with enough_memory(task, window):
+                for name in SIDES:
+                    peak = in_new_process(peak_memory, name, folder, task, window, settings)
+                    memory[task, window, name] = peak
+        for task, window in tqdm(cases, desc="speed"):
+            with enough_memory(task, window):
+                seconds, difference = measure_speed(task, window, args.repeats, folder, settings)
+            peaks = {name: memory[task, window, name] for name in SIDES}
+            rows.append(compare(task, window, seconds, peaks, settings))
+            differences.append(difference)
+    result["logits_differ_by"] = max(differences)
+    result["rows"] = rows
+
+    # The results: as text, as JSON and as a picture
     print(", ".join(f"{name} {value}" for name, value in result["machine"].items()))
-    print(f"{n_params / 1e6:,.1f} M parameters, {dtype}, batch {args.batch_size}, activations recomputed: "
-          f"{args.checkpoint_activations}, compiled: {'yes' if args.compile else 'no'}; medians of {args.repeats} "
-          f"(lowest..highest)")  # fmt: skip
-    print(f"the same model: logits differ by at most {off:.1g} of their standard deviation\n")
-    show(rows)
-    checkpoint.write_json(args.json, result)
-    figure, axes = eval_ppl.new_figure(2)
-    draw(axes, rows)
-    eval_ppl.save_figure(figure, args.plot)
+    print(
+        f"{settings.config.n_params / 1e6:,.1f} M parameters, {result['dtype']}, "
+        f"batch {args.batch_size}, activations recomputed: {args.checkpoint_activations}, "
+        f"compiled: {args.compile}; medians of {args.repeats}"
+    )
+    print(f"the same model: logits differ by at most {max(differences):.1g} standard deviations\n")
+    print(results_table(rows))
+    cli.write_json(args.json, result)
+    figure, axes = plots.new_figure(2)
+    plots.draw_speed_ratios(axes, rows)
+    plots.save_figure(figure, args.plot)
     print(f"written: {args.json}, {args.plot}")
 
 
 if __name__ == "__main__":
-    checkpoint.run(main)
+    cli.run(main)

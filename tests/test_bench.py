@@ -1,180 +1,266 @@
-"""bench.py: both sides are the same model in every task, and what is printed is what was measured, however fast."""
+"""bench.py: both sides are the same model in every task, and what is printed was measured."""
 
 import json
 import math
 import os
 import statistics
 import sys
-from types import SimpleNamespace
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
 import bench
-import checkpoint
+from conftest import assert_refused
 
-TINY = ["--vocab_size", "300", "--n_layer", "2", "--n_head", "4", "--n_kv_head", "2", "--n_embd", "32",
-        "--intermediate_size", "48", "--device", "cpu"]  # fmt: skip
+TINY = ["--vocab_size", "300", "--n_layer", "2", "--n_head", "4", "--n_kv_head", "2"]
+TINY += ["--n_embd", "32", "--intermediate_size", "48", "--device", "cpu"]
+
+
+class Both(NamedTuple):
+    ours: bench.Ours
+    theirs: bench.Transformers
+    settings: bench.Settings
 
 
 @pytest.fixture
-def both(tmp_path):
-    """A function that opens both sides of one model."""
+def open_both(tmp_path):
+    """open_both(task, *flags) opens one model on both sides."""
 
-    def open_both(task, *flags):
-        settings = bench.settings_of(bench.parse([*TINY, "--windows", "48", "--new_tokens", "16", *flags]))
-        bench.save_random(settings.config, str(tmp_path))
-        return [Side(str(tmp_path), task, settings) for Side in bench.SIDES.values()], settings
+    def open_both(task: str, *flags: str) -> Both:
+        args = bench.parse([*TINY, "--windows", "48", "--new_tokens", "16", *flags])
+        settings = bench.choose_settings(args)
+        folder = str(tmp_path)
+        bench.save_random(settings.config, folder)
+        ours = bench.Ours(folder, task, settings)
+        theirs = bench.Transformers(folder, task, settings)
+        return Both(ours, theirs, settings)
 
     return open_both
 
 
+# ---- a whole run ---------------------------------------------------------------------------------
+
+
+class Finished(NamedTuple):
+    result: dict
+    printed: str
+    out: Path
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """One run from the command line's flags to the files: its JSON, standard output and folder."""
-    out, patch = tmp_path_factory.mktemp("bench"), pytest.MonkeyPatch()
+def finished(tmp_path_factory) -> Finished:
+    out = tmp_path_factory.mktemp("bench")
     printed = []
-    with patch.context() as p:
-        p.setattr("builtins.print", lambda *args, **_: printed.append(" ".join(map(str, args))))
-        bench.main([*TINY, "--tasks", "train,decode", "--windows", "48", "--new_tokens", "8", "--repeats", "3",
-                    "--out", str(out)])  # fmt: skip
-    return json.loads((out / "bench.json").read_text()), "\n".join(printed), out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("builtins.print", lambda *values: printed.append(" ".join(values)))
+        flags = ["--tasks", "train,decode", "--windows", "48", "--new_tokens", "8"]
+        bench.main([*TINY, *flags, "--repeats", "3", "--out", str(out)])
+    result = json.loads((out / "bench.json").read_text())
+    return Finished(result, "\n".join(printed), out)
 
 
 def test_the_json_holds_finite_positive_figures(finished):
-    result, _, out = finished
+    result = finished.result
     rows = [(row["task"], row["window"], row["tokens"]) for row in result["rows"]]
     assert rows == [("train", 48, 48), ("decode", 48, 8)]
     for row in result["rows"]:
-        for side in bench.SIDES:
-            figures = row[side]
-            values = [figures[name] for name in ("tokens_per_second", "min", "max", "memory")] + figures["seconds"]
-            if row["task"] == "train":
-                values += [figures["rope_share"], figures["loss_share"]]
-            assert all(math.isfinite(x) and x > 0 for x in values) and len(figures["seconds"]) == 3
-            assert figures["min"] <= figures["tokens_per_second"] <= figures["max"]
+        values = [row["speed_ratio"], row["memory_ratio"]]
+        for name in bench.SIDES:
+            figures = row[name]
+            values += [figures["tokens_per_second"], figures["memory"], *figures["seconds"]]
+            assert len(figures["seconds"]) == 3
+        assert all(math.isfinite(value) and value > 0 for value in values)
+        assert row["speed_ratio_min"] <= row["speed_ratio_max"]
     assert {"device", "threads", "torch", "transformers"} <= result["machine"].keys()
-    assert result["dtype"] == "float32" and result["logits_differ_by"] < 1e-4
-    assert (out / "bench.png").read_bytes()[1:4] == b"PNG"
-    assert sorted(path.name for path in out.iterdir()) == ["bench.json", "bench.png"]
+    assert result["dtype"] == "float32"
+    assert result["batch_size"] == 1
+    assert result["logits_differ_by"] < 1e-4
+
+
+def test_the_folder_has_the_json_and_the_picture_alone(finished):
+    assert sorted(path.name for path in finished.out.iterdir()) == ["bench.json", "bench.png"]
+    assert (finished.out / "bench.png").read_bytes()[1:4] == b"PNG"
 
 
 def test_ratios_are_the_quotients_of_what_is_printed(finished):
-    result, printed, _ = finished
-    for row in result["rows"]:
-        ours, theirs = row["ours"], row["transformers"]
+    lines = finished.printed.splitlines()
+    for row in finished.result["rows"]:
+        ours = row["ours"]
+        theirs = row["transformers"]
         for side in (ours, theirs):
-            assert side["tokens_per_second"] == pytest.approx(row["tokens"] / statistics.median(side["seconds"]))
+            speed = row["tokens"] / statistics.median(side["seconds"])
+            assert side["tokens_per_second"] == pytest.approx(speed)
         assert row["speed_ratio"] == ours["tokens_per_second"] / theirs["tokens_per_second"]
         assert row["memory_ratio"] == ours["memory"] / theirs["memory"]
-        line = next(line for line in printed.splitlines() if line.startswith(row["task"]))
-        cells = [cell.strip() for cell in line.split("  ") if cell.strip()]
-        assert cells[:2] == [row["task"], "48"]
-        for cell, side in ((cells[2], ours), (cells[3], theirs)):
-            assert cell.split()[0] == f"{side['tokens_per_second']:,.1f}"
-        assert cells[4].split()[0] == f"{row['speed_ratio']:.2f}" and cells[-1] == f"{row['memory_ratio']:.2f}"
-    assert "RoPE" in printed and result["machine"]["transformers"] in printed
+
+        line = next(line for line in lines if line.startswith(row["task"]))
+        task, window, speed, their_speed, ratio, _, _, _, memory_ratio = line.split()
+        assert (task, window) == (row["task"], "48")
+        assert speed == f"{ours['tokens_per_second']:,.1f}"
+        assert their_speed == f"{theirs['tokens_per_second']:,.1f}"
+        assert ratio == f"{row['speed_ratio']:.2f}"
+        assert memory_ratio == f"{row['memory_ratio']:.2f}"
 
 
-def die(*args):
-    os._exit(9)
+# ---- the same model, the same task ---------------------------------------------------------------
 
 
-def test_a_child_that_dies_is_said_in_one_line(monkeypatch):
-    monkeypatch.setattr(bench, "peak_memory", die)  # as of a lack of memory
-    with pytest.raises(ValueError, match="transformers, train at 48.*memory"):
-        bench.in_a_process_of_its_own("transformers", "", "train", 48, None)
-
-
-# The same model, the same task
-
-FLAGS = [[], ["--batch_size", "3"], ["--checkpoint_activations", "full"]]
-
-
-@pytest.mark.parametrize("flags", FLAGS)
-def test_a_training_step_does_the_same_on_both_sides(both, flags):
-    sides, settings = both("train", *flags)
-    before = [p.detach().clone() for p in sides[0].model.parameters()]
-    losses = [side.loss(settings.ids(48)) for side in sides]
-    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
-    for side, loss in zip(sides, losses):
-        loss.backward()
-    theirs = dict(sides[1].model.named_parameters())
-    for name, p in sides[0].model.named_parameters():
-        other = theirs[name if name.startswith("lm_head") else f"model.{name}"]
-        torch.testing.assert_close(p.grad, other.grad, rtol=1e-3, atol=1e-6)
-    for side in sides:
-        side.model.zero_grad()
-        bench.prepare(side, "train", 48, settings)()
-        assert all(p.grad is None for p in side.model.parameters())
-    for p, old in zip(sides[0].model.parameters(), before):
-        assert (p - old).abs().max() > 0  # the optimizer moved all of it
-    full = "--checkpoint_activations" in flags
-    assert sides[1].model.is_gradient_checkpointing == full
-    assert sides[0].model.checkpoint_activations == ("full" if full else "none")
-
-
-def test_prefill_and_decoding_give_the_same_tokens_on_both_sides(both):
-    sides, settings = both("decode", "--batch_size", "2")
-    assert bench.difference(*sides, settings) < 1e-4
-    for side in sides:
-        side.tokens = keep = []
-        side.decode = lambda *args, keep=keep, decode=side.decode: keep.append(decode(*args)) or keep[-1]
-    calls = [bench.prepare(side, "decode", 48, settings) for side in sides]
-    for call in calls:
-        call(), call()  # the second goes on from the same point as the first
-    ours, theirs = (torch.cat(side.tokens, 1) for side in sides)
-    assert torch.equal(ours, theirs) and ours.shape == (2, 1 + 2 * 16)
-    assert torch.equal(ours[:, 1:17], ours[:, 17:])
-    full = sides[0].model.generate(settings.ids(32), 17)[:, 32:]
-    assert torch.equal(ours[:, :17], full)
-    assert [bench.prepare(side, "prefill", 48, settings)() is not None for side in sides] == [True, True]
-
-
-def test_the_parts_are_those_of_the_model(both):
-    sides, settings = both("train")
-    q, k = torch.randn(1, 4, 48, 8), torch.randn(1, 2, 48, 8)
-    for a, b in zip(*(side.rope(q, k, 2) for side in sides)):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+@pytest.mark.parametrize("flags", [[], ["--batch_size", "3"], ["--checkpoint_activations", "full"]])
+def test_a_training_step_does_the_same_on_both_sides(open_both, flags):
+    ours, theirs, settings = open_both("train", *flags)
+    before = [weight.detach().clone() for weight in ours.model.parameters()]
     ids = settings.ids(48)
-    ours, theirs = (side.head_loss(torch.ones(1, 48, 32), ids) for side in sides)
-    torch.testing.assert_close(ours / 47, theirs)  # a sum and a mean
-    for side in sides:
-        assert {"rope", "loss"} == {name for name, call in bench.parts(side, 48, settings).items() if call() is None}
+    our_loss = ours.loss(ids)
+    their_loss = theirs.loss(ids)
+    torch.testing.assert_close(our_loss, their_loss, rtol=1e-5, atol=0)
+
+    our_loss.backward()
+    their_loss.backward()
+    their_weights = dict(theirs.model.named_parameters())
+    for name, weight in ours.model.named_parameters():
+        if not name.startswith("lm_head"):
+            name = f"model.{name}"
+        torch.testing.assert_close(weight.grad, their_weights[name].grad, rtol=1e-3, atol=1e-6)
+
+    for side in (ours, theirs):
+        side.model.zero_grad()
+        step = bench.prepare(side, "train", 48, settings)
+        step()
+        assert all(weight.grad is None for weight in side.model.parameters())
+    for weight, old in zip(ours.model.parameters(), before):
+        assert (weight - old).abs().max() > 0  # the optimizer has changed it
+    full = "full" in flags
+    assert theirs.model.is_gradient_checkpointing == full
+    assert ours.model.checkpoint_activations == ("full" if full else "none")
 
 
-def test_another_model_is_refused(both):
-    sides, settings = both("prefill")
-    sides[1].model.model.layers[0].self_attn.q_proj.weight.data.mul_(1.5)
+def test_prefill_and_decoding_give_the_same_tokens_on_both_sides(open_both):
+    ours, theirs, settings = open_both("decode", "--batch_size", "2")
+    assert bench.logit_difference(ours, theirs, settings) < 1e-4
+    decode = bench.prepare(ours, "decode", 48, settings)
+    their_decode = bench.prepare(theirs, "decode", 48, settings)
+    tokens = decode()  # (2, 1 + 16): the one after the first 32, and 16 new ones
+    assert torch.equal(tokens, ours.model.generate(settings.ids(32), 17)[:, 32:])
+    assert torch.equal(tokens, their_decode())
+    # A second call begins where the first did
+    assert torch.equal(tokens, decode())
+    assert torch.equal(tokens, their_decode())
+
+    token, _ = ours.prefill(settings.ids(32), 48)
+    their_token, _ = theirs.prefill(settings.ids(32), 48)
+    assert torch.equal(token, tokens[:, :1])
+    assert torch.equal(their_token, tokens[:, :1])
+    for side in (ours, theirs):
+        bench.prepare(side, "prefill", 48, settings)()
+
+
+def test_another_model_is_refused(open_both):
+    ours, theirs, settings = open_both("prefill")
+    theirs.model.model.layers[0].self_attn.q_proj.weight.data.mul_(1.5)
     with pytest.raises(ValueError, match="not the same model"):
-        bench.difference(*sides, settings)
+        bench.logit_difference(ours, theirs, settings)
 
 
-def test_bfloat16_is_the_same_model_too(both):
-    sides, settings = both("decode", "--dtype", "bfloat16")
-    assert {p.dtype for side in sides for p in side.model.parameters()} == {torch.bfloat16}
-    assert 0 < bench.difference(*sides, settings) < 0.2
-    sides, settings = both("train", "--dtype", "bfloat16")  # float32 weights, computed with in bfloat16
-    assert {p.dtype for side in sides for p in side.model.parameters()} == {torch.float32}
-    for side in sides:
+def test_bfloat16_is_the_same_model_too(open_both):
+    ours, theirs, settings = open_both("decode", "--dtype", "bfloat16")
+    for side in (ours, theirs):
+        assert {weight.dtype for weight in side.model.parameters()} == {torch.bfloat16}
+    assert 0 < bench.logit_difference(ours, theirs, settings) < 0.2
+
+
+def test_bfloat16_training_keeps_float32_weights(open_both):
+    ours, theirs, settings = open_both("train", "--dtype", "bfloat16")
+    for side in (ours, theirs):
+        assert {weight.dtype for weight in side.model.parameters()} == {torch.float32}
         bench.prepare(side, "train", 48, settings)()
-        for call in bench.parts(side, 48, settings).values():
-            call()
+    assert 0 < bench.logit_difference(ours, theirs, settings) < 0.2
+
+
+# ---- how it is measured --------------------------------------------------------------------------
 
 
 def test_the_sides_take_turns():
-    seen = []
-    calls = {name: lambda name=name: seen.append(name) for name in bench.SIDES}
-    times = bench.time_both(calls, 3, torch.device("cpu"), SimpleNamespace(update=lambda: None))
-    a, b = bench.SIDES
-    assert seen == [a, b, b, a, a, b, b, a] and {len(values) for values in times.values()} == {3}  # one doesn't count
+    order = []
+    calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    seconds = bench.take_turns(calls, 3, 1, torch.device("cpu"))
+    assert "".join(order) == "abbaabba"
+    assert len(seconds["a"]) == len(seconds["b"]) == 3  # the first round does not count
 
 
-# The command line
+@pytest.fixture
+def compile_settings(tmp_path, monkeypatch) -> bench.Settings:
+    """Settings with --compile, of which only the fast part is done: that of dynamo."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda call: compile(call, backend="eager"))
 
-BAD = [
+    def compile_module(module: torch.nn.Module) -> None:
+        module._compiled_call_impl = torch.compile(module._call_impl)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_module)
+    flags = ["--windows", "32,48", "--new_tokens", "8", "--compile"]
+    settings = bench.choose_settings(bench.parse([*TINY, *flags]))
+    bench.save_random(settings.config, str(tmp_path))
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield settings
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    """The number of graphs that dynamo has compiled."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def test_each_window_is_compiled_anew(compile_settings, tmp_path):
+    """As often as the first one: not for any length, and not hindered by dynamo's limit."""
+    counts = []
+    for window in (32, 48):
+        before = graphs()
+        bench.measure_speed("decode", window, 1, str(tmp_path), compile_settings)
+        counts.append(graphs() - before)
+    assert counts[0] == counts[1] > 0
+
+
+def test_nothing_is_compiled_after_the_warm_up(compile_settings, tmp_path):
+    for Side in bench.SIDES.values():
+        side = Side(str(tmp_path), "decode", compile_settings)
+        decode = bench.prepare(side, "decode", 48, compile_settings)
+        for _ in range(compile_settings.warm_ups):
+            decode()
+        before = graphs()
+        decode()
+        assert graphs() == before
+
+
+def exit_at_once() -> None:
+    os._exit(9)
+
+
+def test_a_process_that_is_ended_is_reported_in_one_line():
+    with pytest.raises(ValueError, match="train at 48: not enough memory"):
+        with bench.enough_memory("train", 48):
+            bench.in_new_process(exit_at_once)
+
+
+def test_peak_memory_grows_with_the_window(tmp_path):
+    flags = ["--windows", "64,4096", "--tasks", "prefill"]
+    settings = bench.choose_settings(bench.parse([*TINY, *flags]))
+    bench.save_random(settings.config, str(tmp_path))
+    peaks = []
+    for window in (64, 4096):
+        arguments = ("ours", str(tmp_path), "prefill", window, settings)
+        peaks.append(bench.in_new_process(bench.peak_memory, *arguments))
+    # At least the MLP's three results of one block, in float32
+    assert peaks[1] - peaks[0] > 3 * 48 * 4096 * 4
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+BAD_FLAGS = [
     (["--windows", "0"], "--windows"),
     (["--windows", "many"], "--windows"),
+    (["--windows", ","], "--windows"),
     (["--tasks", "train,sing"], "--tasks"),
     (["--repeats", "0"], "--repeats"),
     (["--batch_size", "-1"], "--batch_size"),
@@ -183,32 +269,35 @@ BAD = [
     (["--n_layer", "0"], "n_layer"),
     (["--preset", "llama-8b"], "--preset"),
     (["--device", "abacus"], "--device abacus"),
-    (["--plot", "bench.txt"], "--plot bench.txt"),
+    (["--plot", "bench.txt"], "--plot"),
     (["--checkpoint_activations", "some"], "--checkpoint_activations"),
 ]
 
 
-def fails(argv, capsys):
-    with pytest.raises(SystemExit) as stop:
-        checkpoint.run(lambda: bench.main(argv))
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and "error: " in error
-    return error
-
-
-@pytest.mark.parametrize("flags, named", BAD)
-def test_bad_input_is_one_line(flags, named, capsys, monkeypatch):
+@pytest.mark.parametrize("flags, words", BAD_FLAGS)
+def test_bad_input_is_one_line(flags, words, command, monkeypatch):
     monkeypatch.setattr(bench, "save_random", None)  # nothing is begun
-    assert named in fails([*TINY, *flags], capsys)
+    assert_refused(command(bench.main, *TINY, *flags), "bench.py", words)
 
 
-def test_a_missing_transformers_is_one_line(monkeypatch, capsys):
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(command, tmp_path):
+    (tmp_path / "file").write_text("")
+    ended = command(bench.main, *TINY, "--out", tmp_path / "file")
+    assert_refused(ended, "bench.py", "--out")
+
+
+def test_a_missing_transformers_is_one_line(command, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert "transformers is not installed: pip install" in fails(TINY, capsys)
+    words = "needs the library transformers: pip install"
+    assert_refused(command(bench.main, *TINY), "bench.py", words)
 
 
 def test_presets_and_shape_flags():
-    config = bench.settings_of(bench.parse(["--preset", "llama-7b", "--n_layer", "2", "--windows", "8192"])).config
-    assert (config.n_layer, config.n_embd, config.vocab_size, config.block_size) == (2, 4096, 32000, 8192)
-    config = bench.settings_of(bench.parse([])).config
-    assert 30e6 < config.n_params < 40e6 and config.head_dim == 64 and config.vocab_size == 32000
+    args = bench.parse(["--preset", "llama-7b", "--n_layer", "2", "--windows", "8192"])
+    config = bench.choose_settings(args).config
+    assert (config.n_layer, config.n_embd, config.vocab_size) == (2, 4096, 32000)
+    assert config.block_size == 8192
+    config = bench.choose_settings(bench.parse([])).config
+    assert 30e6 < config.n_params < 40e6
+    assert config.head_dim == 64
+    assert config.vocab_size == 32000

@@ -30,7 +30,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-from cli import first_line, format_bytes, report_error, write_json
+from cli import device_and_dtype, first_line, format_bytes, report_error, write_json
 from model import LLaMA, LLaMAConfig
 from tokenizer import Tokenizer
 
@@ -67,11 +67,11 @@ def process_group(device: str) -> Iterator[str]:
     if wants_gpu and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
+    device_and_dtype(device)  # refuses a device that is not there, in one line
     backend = "gloo"
     if device.startswith("cuda"):
         backend = "cpu:gloo,cuda:nccl"
-    # Hours, because the others wait while process 0 tokenizes the data
-    dist.init_process_group(backend, timeout=timedelta(hours=12))
+    dist.init_process_group(backend)
     try:
         yield device
         dist.barrier()  # gloo may abort when one process leaves while another still communicates
@@ -91,11 +91,16 @@ def process_group(device: str) -> Iterator[str]:
 @contextmanager
 def process_0_first() -> Iterator[None]:
     """Process 0 runs the block first, and the others then find what it left in a cache."""
+    if not dist.is_initialized():
+        yield
+        return
+    # A group of its own, because process 0 may tokenize for hours while the others wait
+    patient = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
     if rank() > 0:
-        barrier()
+        dist.barrier(patient)
     yield
     if rank() == 0:
-        barrier()
+        dist.barrier(patient)
 
 
 def mean_over_processes(x: Tensor) -> Tensor:
@@ -267,4 +272,8 @@ def load_state(state: Path, model: torch.nn.Module, optimizer: torch.optim.Optim
             f"{state} does not hold this model and optimizer ({reason}): is --init another model?"
         ) from None
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
-    return step_of(state)
+    step = step_of(state)
+    if step == 0:
+        # get_state_dict made these moments by a step of its own, which AdamW would count
+        optimizer.state.clear()
+    return step

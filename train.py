@@ -1,7 +1,7 @@
 """Pre-train a small LLaMA, or extend the window of any LLaMA by fine-tuning at the longer length.
 
     python train.py                           # pre-train the tiny base on text, into out/base
-    python train.py --scale 8                 # extend out/base by PI, into out/linear-8
+    python train.py --scale 8                 # extend the newest base in out/ by PI
     python train.py --scale 8 --rope none     # the paper's baseline: direct fine-tuning
     python train.py --resume --out out/linear-8               # go on where a run stopped, exactly
     torchrun --nproc_per_node 8 train.py --init FOLDER --scale 16       # any LLaMA, on eight GPUs
@@ -295,11 +295,11 @@ def set_up(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -
             source = ReportData(args, config, tokenizer)
         else:
             source = TextData(args, config, tokenizer)
-    save_dtype = dtype_to_save(args)
 
     # The model, and the paper's optimizer (§3.1)
     engine, reason = plan.choose_engine(args, config, processes(), device)
     model = build_model(args, config, engine, device, dtype)
+    save_dtype = dtype_to_save(args)
     autocast = nullcontext()
     if dtype == torch.bfloat16 and engine != "fsdp":  # FSDP casts the weights itself
         autocast = torch.autocast(device.type, dtype)
@@ -312,6 +312,8 @@ def set_up(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -
     step = 0
     if args.resume:
         step = load_state(newest_state(out), model, optimizer)
+        for group in optimizer.param_groups:
+            group["weight_decay"] = args.weight_decay  # as other flags, it may be given anew
     if rank() == 0:
         prepare_folder(args, out)
         plan.announce(args, config, out, device, dtype, engine, reason)
@@ -330,7 +332,8 @@ def train(args: argparse.Namespace, run: Run) -> int:
         flops=cost.step_flops(run.config, parts), peak_flops=cost.peak_flops(run.device)
     )
     if run.step == 0 and 0 in args.save_at:
-        save_weights(run.model, run.out / "step-0", run.tokenizer, run.save_dtype)
+        with log.paused():
+            save_weights(run.model, run.out / "step-0", run.tokenizer, run.save_dtype)
 
     def make_batch(step: int) -> Batch:
         step_parts = batch_parts(args, run.config, step)
@@ -367,14 +370,15 @@ def train(args: argparse.Namespace, run: Run) -> int:
             if save_due or keep_due or run.step % FLUSH_EVERY == 0:
                 log.flush()
 
-            # every --save_every steps: a state to resume from; at --save_at: weights to keep. The
-            # log's clock stands still, because saving is not training time.
+            # at --save_at: weights to keep; every --save_every steps: a state to resume from, which
+            # comes last, because a resumed run does not repeat this step. The log's clock stands
+            # still, because saving is not training time.
             with log.paused():
-                if save_due:
-                    save_run(run, args)
                 if keep_due:
                     folder = run.out / f"step-{run.step}"
                     save_weights(run.model, folder, run.tokenizer, run.save_dtype)
+                if save_due:
+                    save_run(run, args)
 
         # at the end, or after a signal: save everything
         log.flush()
@@ -384,7 +388,7 @@ def train(args: argparse.Namespace, run: Run) -> int:
         # torchrun kills the other processes when one exits, and process 0 may still be writing
         barrier()
 
-    finished = run.step == args.max_iters
+    finished = run.step >= args.max_iters
     if rank() == 0:
         print(plan.closing_line(args, run.out, run.step, finished, run.device), file=sys.stderr)
     if finished:

@@ -29,10 +29,17 @@ def parse(doc: str, argv: list[str] | None) -> argparse.Namespace:
         if not args.out:
             parser.error("--resume needs --out, the folder of the run to go on with")
         # The run's own flags become the defaults
-        parser.set_defaults(**read_json(newest_state(Path(args.out)) / "args.json"))
+        path = newest_state(Path(args.out)) / "args.json"
+        saved = read_json(path)
+        unknown = sorted(set(saved) - set(vars(args)))
+        if unknown:
+            raise ValueError(
+                f"{path} has flags that are unknown here ({', '.join(unknown)}): the run is of "
+                "another version of train.py, which alone can go on with it"
+            )
+        parser.set_defaults(**saved)
         args = parser.parse_args(argv)
-    else:
-        choose_init(parser, args)
+    choose_init(parser, args)
     return args
 
 
@@ -126,7 +133,7 @@ def choose_init(parser: Parser, args: argparse.Namespace) -> None:
 
 
 def find_bases() -> list[Path]:
-    """The bases that `python train.py` and `python demo.py` have finished here, the newest last."""
+    """The bases that `python train.py` and `python demo.py` have written here, the newest last."""
     configs = [*Path("out").glob("base/config.json"), *Path("out/demo").glob("*/base/config.json")]
     configs.sort(key=lambda path: path.stat().st_mtime)
     return [path.parent for path in configs]

@@ -108,6 +108,30 @@ def test_an_interrupted_run_resumes_bit_for_bit(base, monkeypatch, capsys, numbe
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_run_stopped_before_its_first_step_resumes_bit_for_bit(base, monkeypatch):
+    out = Path("stopped-at-0")
+    real = train.process_batch
+
+    def signal_at_once(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(train, "process_batch", signal_at_once)
+    with pytest.raises(SystemExit):
+        run(out, "--max_iters", "8")
+    monkeypatch.undo()
+    assert [state.name for state in states(out)] == ["step-0"] and log(out) == []
+    train.main(["--resume", "--out", str(out)])
+    assert losses(log(out)) == losses(log(base))
+
+
+def test_a_finished_run_is_finished_for_fewer_steps_too(base, capsys):
+    out = Path("finished")
+    run(out, "--max_iters", "2")
+    train.main(["--resume", "--out", str(out), "--max_iters", "1"])
+    assert "done, 2 steps" in capsys.readouterr().err
+
+
 def test_a_killed_run_resumes_from_its_last_whole_state(base):
     out = Path("killed")
     run(out, "--max_iters", "8", "--save_every", "2")

@@ -46,3 +46,20 @@ def test_a_resumed_run_has_its_flags_unless_they_are_given_anew(tmp_path):
     (state / "args.json").write_text(json.dumps(kept))
     args = parse("", ["--resume", "--out", str(tmp_path), "--max_iters", "9"])
     assert (args.init, args.scale, args.learning_rate, args.max_iters) == ("a", 2.0, 0.5, 9)
+
+
+def test_a_run_of_another_version_is_not_resumed(tmp_path):
+    state = tmp_path / "trainer/step-4"
+    state.mkdir(parents=True)
+    (state / "args.json").write_text(json.dumps({"init": "scratch", "short_share": 0.5}))
+    with pytest.raises(ValueError, match="args.json has flags that are unknown here .short_share."):
+        parse("", ["--resume", "--out", str(tmp_path)])
+
+
+def test_a_resumed_base_is_not_extended_in_silence(tmp_path, capsys):
+    state = tmp_path / "trainer/step-4"
+    state.mkdir(parents=True)
+    (state / "args.json").write_text(json.dumps({"init": "scratch"}))
+    with pytest.raises(SystemExit):
+        parse("", ["--resume", "--out", str(tmp_path), "--scale", "2"])
+    assert "extend a model that is trained already" in capsys.readouterr().err

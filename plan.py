@@ -45,9 +45,7 @@ def plan(args: argparse.Namespace, config: LLaMAConfig, world: int, parts: list[
         device_type = "cuda"
         available = args.device_memory * 1e9
         dtype = torch.float32 if args.dtype == "float32" else torch.bfloat16
-    engine = "alone"
-    if world > 1:
-        engine = args.dist or choose_dist(config, available)[0]
+    engine, _ = choose_engine(args, config, world, available)
     micro_batch_size, micro_batches = micro_batches_of(args, world)
     return cost.report(
         config, steps=args.max_iters, batch_size=args.batch_size, micro_batch_size=micro_batch_size,
@@ -82,14 +80,14 @@ def process_memory(device: torch.device) -> float:
 
 
 def choose_engine(
-    args: argparse.Namespace, config: LLaMAConfig, world: int, device: torch.device
+    args: argparse.Namespace, config: LLaMAConfig, world: int, available: float
 ) -> tuple[str, str]:
     """How processes share the model: "alone", "ddp" or "fsdp"; and why, if it was not given."""
     if world == 1:
         return "alone", ""
     if args.dist is not None:
         return args.dist, ""
-    return choose_dist(config, process_memory(device))
+    return choose_dist(config, available)
 
 
 def announce(

@@ -297,7 +297,8 @@ def set_up(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -
             source = TextData(args, config, tokenizer)
 
     # The model, and the paper's optimizer (§3.1)
-    engine, reason = plan.choose_engine(args, config, processes(), device)
+    available = plan.process_memory(device)
+    engine, reason = plan.choose_engine(args, config, processes(), available)
     model = build_model(args, config, engine, device, dtype)
     save_dtype = dtype_to_save(args)
     autocast = nullcontext()

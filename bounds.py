@@ -1,4 +1,4 @@
-"""The theory in NumPy: the attention score over distance, and the two bounds that the paper gives.
+"""The theory in NumPy: the attention score over distance, and what bounds it.
 
     python bounds.py                                               # LLaMA as in the paper: a table
     python bounds.py --preset llama3 --scale 4 --plot bounds.png   # and a picture of both bounds
@@ -15,13 +15,18 @@ paper finds (8) at least 600 times as large as (7). notebooks/attention_bounds.i
 
 We differ from the paper in three points, each tested in tests/test_bounds.py:
   1. Theorem 2.1 takes sum_j theta_j^2 to be at most d / (4 ln c), which is too small. Its proof
-     uses c^x <= 1 + x ln c, but c^x is convex. With constant="exact" we take the sum itself, with
-     "paper" the printed constant.
+     uses c^x <= 1 + x ln c, but c^x is convex. With constant="paper" we take the printed constant,
+     with "exact" the sum itself. We call that the corrected bound: it is valid, but 1% above what
+     any h reaches (d = 128). With "sharp" we take the largest deviation that some h reaches.
   2. B(s) >= d holds at the 4096 distances that the paper plots (c = 10000, d = 128), but not up to
      32768, the longest window of the paper.
   3. Eq. (8), 2 max|h| B(s), is never below the trivial bound, (d/2) max|h|. The reason: A_k and
      A_{k-1} differ by a number of absolute value 1, so 1 <= |A_k| + |A_{k-1}|. The sum of this
      over k = 1 ... d/2 gives d/2 <= 2 B(s).
+
+Beside the bounds stands S(s) = sum_j cos(s theta_j), the mean score of a token for one like it
+(`similarity`). Men et al. 2024 (arXiv 2405.14591) argue that retrieval at distance s needs
+S(s) >= 0.
 
 All numbers are float64. Distances are in tokens and may be fractions. Bounds are in the unit of h,
 without the factor 1/sqrt(d) of attention.
@@ -91,8 +96,9 @@ def adversarial_h(s, head_dim: int, theta: float, h_max: float = 1.0) -> np.ndar
 
     At distance s all terms of a(s) are h_max, so that a(s) is the trivial bound itself. If s is the
     middle of [s1, s2], no other h is further from the chord: the distance is
-    h_max sum_j (1 - cos(theta_j (s2 - s1)/2)). For s2 = s1 + 1 this is at most 2.2% below the exact
-    bound (d >= 8), and above the bound with the paper's constant (checked for d up to 1000).
+    h_max sum_j (1 - cos(theta_j (s2 - s1)/2)), the sharp bound. For s2 = s1 + 1 this is at most
+    2.2% below the corrected bound (d >= 8), and above the bound with the paper's constant (checked
+    for d up to 1000).
     """
     angles = np.multiply.outer(check_distances(s), frequencies(head_dim, theta))
     return check_h_max(h_max) * np.exp(-1j * angles)
@@ -134,24 +140,53 @@ def interpolation_bound(
     """Theorem 2.1: a bound on |a(s) - a_lin(s)|, where a_lin is the chord from a(s1) to a(s2).
 
     h_max, s, s1, s2: numbers or arrays, which broadcast; s1 <= s <= s2.
-    constant: "exact" takes sum_j theta_j^2 itself. "paper" takes d / (4 ln c) in its place, as
-    eq. (5) and (7) do; that is smaller and NOT a bound (see adversarial_h).
+    constant: one of three.
+        "paper"  d / (4 ln c) for sum_j theta_j^2, as in eq. (5) and (7). NOT a bound: it is too
+                 small (see adversarial_h).
+        "exact"  sum_j theta_j^2 itself: the corrected bound. It is valid, but no h reaches it.
+        "sharp"  the largest deviation of any h with |h_j| <= h_max: the smallest valid bound.
 
-    The proof: |a(s) - a_lin(s)| <= (s - s1)(s2 - s)/2 * max|a''| by Taylor's theorem, and
-    |a''| <= max|h| sum_j theta_j^2. In the middle between two whole distances, the paper's constant
-    gives d max|h| / (32 ln c), eq. (7).
+    The proof of the first two: |a(s) - a_lin(s)| <= (s - s1)(s2 - s)/2 * max|a''| by Taylor's
+    theorem, and |a''| <= max|h| sum_j theta_j^2. In the middle between two whole distances, the
+    paper's constant gives d max|h| / (32 ln c), eq. (7). For the third see `sharp_deviation`.
     """
-    if constant not in ("exact", "paper"):
-        raise ValueError(f'constant must be "exact" or "paper", got {constant!r}')
-    curvature = sum_theta_squared(head_dim, theta)
-    if constant == "paper":
-        curvature = head_dim / (4 * math.log(theta))
+    if constant not in ("exact", "paper", "sharp"):
+        raise ValueError(f'constant must be "exact", "paper" or "sharp", got {constant!r}')
+    h_max = check_h_max(h_max)
     s = check_distances(s)
     s1 = check_distances(s1)
     s2 = check_distances(s2)
     if not ((s1 <= s) & (s <= s2)).all():
         raise ValueError("s must lie between s1 and s2: the theorem is about interpolation")
-    return check_h_max(h_max) * (s - s1) * (s2 - s) / 2 * curvature
+    if constant == "sharp":
+        return h_max * sharp_deviation(s - s1, s2 - s, head_dim, theta)
+    curvature = sum_theta_squared(head_dim, theta)
+    if constant == "paper":
+        curvature = head_dim / (4 * math.log(theta))
+    return h_max * (s - s1) * (s2 - s) / 2 * curvature
+
+
+def sharp_deviation(
+    before: np.ndarray, after: np.ndarray, head_dim: int, theta: float
+) -> np.ndarray:
+    """The largest |a(s) - a_lin(s)| of all h with |h_j| <= 1.
+
+    before, after: s - s1 and s2 - s, which broadcast; not negative. The result has their shape.
+
+    The deviation is Re sum_j h_j w_j with w_j = e^{i s theta_j} - (1 - l) e^{i s1 theta_j}
+    - l e^{i s2 theta_j} and l = (s - s1)/(s2 - s1). It is at most sum_j |w_j|, and the h with
+    h_j = conj(w_j) / |w_j| reaches that. |w_j| does not change if all three distances are moved, so
+    we take s = 0.
+    """
+    before, after = np.broadcast_arrays(before, after)
+    span = before + after
+    # Where s1 = s2 there is nothing to interpolate: l is 0 there, and so is w_j
+    share = np.divide(before, span, out=np.zeros(span.shape), where=span > 0)  # l
+    total = np.zeros(span.shape)
+    for freq in frequencies(head_dim, theta):
+        chord = (1 - share) * np.exp(-1j * before * freq) + share * np.exp(1j * after * freq)
+        total += np.abs(1 - chord)
+    return total[()]
 
 
 def sum_theta_squared(head_dim: int, theta: float) -> float:
@@ -217,6 +252,76 @@ def trivial_bound(h_max, head_dim: int) -> np.ndarray:
     return check_h_max(h_max) * head_dim / 2
 
 
+# ---- similar tokens: S(s) ------------------------------------------------------------------------
+
+
+def similarity(s, head_dim: int, theta: float) -> np.ndarray:
+    """S(s) = sum_j cos(s theta_j): how much more a token scores for one like it than for another.
+
+    s: distances of any shape; the result has the same shape.
+
+    For a query with independent components of variance 1, a key like it (the query plus noise of
+    mean 0) scores 2 S(s) at distance s in the mean, an independent key 0. Where S(s) < 0, the query
+    scores an unlike token higher. Source: Men et al. 2024 (arXiv 2405.14591), who call it B.
+    """
+    frequencies(head_dim, theta)  # only to check the arguments
+    return attention_score(np.ones(head_dim // 2), s, head_dim, theta)
+
+
+def first_negative(head_dim: int, theta: float, last: int) -> int | None:
+    """The first whole distance up to `last` with S(s) < 0, or None."""
+    below = similarity(np.arange(last + 1), head_dim, theta) < 0
+    if not below.any():
+        return None
+    return int(below.argmax())
+
+
+def first_zero(head_dim: int, theta: float, last: int) -> float | None:
+    """The first distance s up to `last` with S(s) = 0, a fraction of a token exact, or None.
+
+    A dip between two whole distances is overlooked if it is less than about 0.0001 deep (d = 128).
+    """
+    values = similarity(np.arange(last + 1), head_dim, theta)
+
+    # Between two whole distances S lies within `margin` of its chord (theorem 2.1 with h_j = 1).
+    # So S can reach 0 only where one of the two values is at most `margin`.
+    margin = interpolation_bound(1.0, 0.5, 0, 1, head_dim, theta, "sharp")
+    near = np.minimum(values[:-1], values[1:]) <= margin
+    for start in np.flatnonzero(near):
+        # Look for the change of sign in steps of 1/64, then halve the step until it is found
+        s = start + np.arange(65) / 64
+        below = similarity(s, head_dim, theta) <= 0
+        if below.any():
+            end = int(below.argmax())
+            return bisect_similarity(s[end - 1], s[end], head_dim, theta)
+    return None
+
+
+def bisect_similarity(low: float, high: float, head_dim: int, theta: float) -> float:
+    """The zero of S between low, where S > 0, and high, where S <= 0."""
+    for _ in range(40):
+        middle = (low + high) / 2
+        if similarity(middle, head_dim, theta) > 0:
+            low = middle
+        else:
+            high = middle
+    return float(high)
+
+
+def negative_shares(head_dim: int, theta: float, window: int, scale: float) -> dict[str, float]:
+    """The shares of the distances window ... scale * window - 1 at which S is negative.
+
+    Under "none" that is S(s), the positions left alone; under "linear" it is S(s / scale), Position
+    Interpolation. Both are 0 if there is no such distance.
+    """
+    s = np.arange(window, round(scale * window))
+    if not s.size:
+        return {"none": 0.0, "linear": 0.0}
+    alone = similarity(s, head_dim, theta) < 0
+    interpolated = similarity(s / scale, head_dim, theta) < 0
+    return {"none": float(alone.mean()), "linear": float(interpolated.mean())}
+
+
 # ---- the command line ----------------------------------------------------------------------------
 
 
@@ -255,16 +360,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def grid_deviation(head_dim: int, theta: float) -> dict[str, float]:
-    """Deviations of a(s) from the chord in the middle of two whole distances, for max|h| = 1.
+    """Bounds on the deviation from the chord between two whole distances, by constant.
 
-    "paper" and "exact" are eq. (7) with either constant, "attained" is that of the worst h.
+    For max|h| = 1 and the middle, where all of them are largest: eq. (7) and its two corrections.
     """
-    paper = interpolation_bound(1.0, 0.5, 0, 1, head_dim, theta, "paper")
-    exact = interpolation_bound(1.0, 0.5, 0, 1, head_dim, theta, "exact")
-    worst = adversarial_h(0.5, head_dim, theta)
-    start, middle, end = attention_score(worst, np.array([0, 0.5, 1]), head_dim, theta)
-    attained = middle - (start + end) / 2
-    return {"paper": float(paper), "exact": float(exact), "attained": float(attained)}
+    deviation = {}
+    for constant in ("paper", "exact", "sharp"):
+        bound = interpolation_bound(1.0, 0.5, 0, 1, head_dim, theta, constant)
+        deviation[constant] = float(bound)
+    return deviation
 
 
 def summarize(head_dim: int, b: np.ndarray, deviation: dict[str, float]) -> dict:
@@ -279,7 +383,6 @@ def summarize(head_dim: int, b: np.ndarray, deviation: dict[str, float]) -> dict
     first_below = None
     if below.any():
         first_below = int(below.argmax())
-    constants = ("paper", "exact")
     return {
         "range": [0, len(b) - 1],
         "min_B_over_d": least / head_dim,
@@ -287,8 +390,8 @@ def summarize(head_dim: int, b: np.ndarray, deviation: dict[str, float]) -> dict
         "first_below_d": first_below,
         "share_below_d": float(below.mean()),
         # The least of eq. (8) over eq. (7), and the trivial bound over eq. (7)
-        "ratio": {name: 2 * least / deviation[name] for name in constants},
-        "trivial_ratio": {name: trivial / deviation[name] for name in constants},
+        "ratio": {name: 2 * least / value for name, value in deviation.items()},
+        "trivial_ratio": {name: trivial / value for name, value in deviation.items()},
         "min_extrapolation_over_trivial": 2 * least / trivial,
     }
 
@@ -298,9 +401,9 @@ def table(ranges: list[dict]) -> str:
     columns = [
         [
             "least B(s)/d", "  at s =", "first s with B(s) < d", "share of s with B(s) < d",
-            "least (8) / (7), paper's constant", "least (8) / (7), exact constant",
-            "trivial / (7), paper's constant", "trivial / (7), exact constant",
-            "least (8) / trivial"
+            "least (8) / (7), paper's constant", "least (8) / (7), corrected",
+            "trivial / (7), paper's constant", "trivial / (7), corrected",
+            "trivial / (7), sharp: both attained", "least (8) / trivial"
         ]
     ]
     header = ["distances s"]
@@ -313,49 +416,109 @@ def table(ranges: list[dict]) -> str:
                 f"{summary['ratio']['paper']:.0f}x", f"{summary['ratio']['exact']:.0f}x",
                 f"{summary['trivial_ratio']['paper']:.0f}x",
                 f"{summary['trivial_ratio']['exact']:.0f}x",
+                f"{summary['trivial_ratio']['sharp']:.1f}x",
                 f"{summary['min_extrapolation_over_trivial']:.2f}x"
             ]
         )
     header.append("the paper")
     no_claim = "not considered"
-    columns.append(["at least 1", "", "none", "0%", "at least 600x", "", no_claim, "", no_claim])
+    columns.append(
+        ["at least 1", "", "none", "0%", "at least 600x", "", no_claim, "", "", no_claim]
+    )
     return text_table(header, list(zip(*columns)))
+
+
+def similarity_report(head_dim: int, theta: float, window: int, last: int) -> dict:
+    """Where S(s) first reaches 0 and is first negative up to `last`, ready for JSON.
+
+    first_zero_over_window is in windows; all three are None where S stays above 0.
+    """
+    zero = first_zero(head_dim, theta, last)
+    over_window = None
+    if zero is not None:
+        over_window = zero / window
+    negative = first_negative(head_dim, theta, last)
+    return {
+        "range": [0, last],
+        "first_zero": zero,
+        "first_zero_over_window": over_window,
+        "first_negative": negative,
+    }
+
+
+def similarity_table(reports: dict[str, dict]) -> str:
+    """The reports of similarity_report as text. reports: by name."""
+    rows = []
+    for name, report in reports.items():
+        if report["first_zero"] is None:
+            rows.append([name, f"none up to {report['range'][1]}", "", ""])
+            continue
+        rows.append(
+            [
+                name, f"{report['first_zero']:.2f}", f"{report['first_zero_over_window']:.2f} L",
+                str(report["first_negative"]).lower()
+            ]
+        )
+    return text_table(["RoPE of", "S(s) = 0 at", "", "first whole s with S(s) < 0"], rows)
+
+
+def print_report(report: dict) -> None:
+    """Print the tables, and the figures that are not in them."""
+    print(
+        f"RoPE head_dim {report['head_dim']}, theta {report['theta']:g}; "
+        f"window {report['window']} x scale {report['scale']:g}\n"
+    )
+    print(table(report["ranges"]))
+    print(
+        "\n(8): |a(s)| <= 2 max|h| B(s).  trivial: |a(s)| <= (d/2) max|h|.  "
+        "The paper has d 128, c 10000."
+    )
+    deviation = report["grid_deviation"]
+    print(
+        "(7), deviation from the chord in the middle of two whole distances, in max|h|: "
+        f"paper {deviation['paper']:.5f}, corrected {deviation['exact']:.5f}, "
+        f"sharp {deviation['sharp']:.5f}, which some h attains."
+    )
+
+    print(
+        "\nS(s) = sum_j cos(s theta_j), the mean score of a token for one like it; "
+        "retrieval needs S(s) >= 0.\n"
+    )
+    print(similarity_table(report["similarity"]))
+    shares = report["negative_share"]
+    print(
+        f"\nBeyond L, S is negative at {shares['none']:.1%} of the distances left alone, "
+        f"at {shares['linear']:.1%} under PI."
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    settings = {"head_dim": args.head_dim, "theta": args.theta, "window": args.window}
 
     # Compute both bounds, and compare them on each range of distances
     last_distances = sorted({*PAPER_RANGES, round(args.scale * args.window)})
     b = B(np.arange(last_distances[-1] + 1), args.head_dim, args.theta)
     deviation = grid_deviation(args.head_dim, args.theta)
     ranges = [summarize(args.head_dim, b[: last + 1], deviation) for last in last_distances]
+
+    # Where S(s) turns negative, here and for each preset
+    similar = {"these settings": similarity_report(**settings, last=last_distances[-1])}
+    for name, preset in PRESETS.items():
+        similar[name] = similarity_report(**preset, last=PAPER_RANGES[-1])
+
+    # Report: tables, JSON, a picture
     report = {
-        "head_dim": args.head_dim,
-        "theta": args.theta,
-        "window": args.window,
+        **settings,
         "scale": args.scale,
         "sum_theta_squared": sum_theta_squared(args.head_dim, args.theta),
         "grid_deviation": deviation,
         "ranges": ranges,
+        "similarity": similar,
+        "negative_share": negative_shares(**settings, scale=args.scale),
         "paper": {"head_dim": 128, "theta": 10000.0, "min_B_over_d": 1.0, "ratio": 2 * 294.73},
     }
-
-    # Report: a table, JSON, a picture
-    print(
-        f"RoPE head_dim {args.head_dim}, theta {args.theta:g}; "
-        f"window {args.window} x scale {args.scale:g}\n"
-    )
-    print(table(ranges))
-    print(
-        "\n(8): |a(s)| <= 2 max|h| B(s).  trivial: |a(s)| <= (d/2) max|h|.  "
-        "The paper has d 128, c 10000."
-    )
-    print(
-        "(7), deviation from the chord in the middle of two whole distances, in max|h|: "
-        f"paper {deviation['paper']:.5f}, exact {deviation['exact']:.5f}, "
-        f"attained by the worst h {deviation['attained']:.5f}."
-    )
+    print_report(report)
     if args.json is not None:
         write_json(args.json, report)
     if args.plot is not None:

@@ -356,20 +356,21 @@ def draw_bounds(axes: Sequence[Axes], report: dict, b: np.ndarray) -> None:
     d = report["head_dim"]
     window = report["window"]
     paper = report["grid_deviation"]["paper"]
-    exact = report["grid_deviation"]["exact"]
+    sharp = report["grid_deviation"]["sharp"]
     s = np.arange(len(b))
+    bound, paper_claim, trivial, right_bound = [look.color for look in STYLES[:4]]
 
-    left.semilogy(s, 2 * b, linewidth=0.5, label="extrapolation, eq. (8): 2B(s)")
-    left.axhline(d / 2, color="C2", label="trivial: d/2")
-    left.axhline(exact, color="C3", label=f"interpolation, exact: {exact:.3f}")
+    left.semilogy(s, 2 * b, color=bound, linewidth=0.5, label="extrapolation, eq. (8): 2B(s)")
+    left.axhline(d / 2, color=trivial, label="trivial, attained: d/2")
+    left.axhline(sharp, color=right_bound, label=f"interpolation, attained: {sharp:.3f}")
     name = f"interpolation, the paper's (7): {paper:.3f}"
-    left.axhline(paper, color="C1", linestyle="--", label=name)
+    left.axhline(paper, color=paper_claim, linestyle="--", label=name)
     left.set(xlabel="distance s (tokens)", ylabel="bound, in units of max|h|")
     left.set_title("Both bounds over distance")
 
-    right.plot(s, b / d, linewidth=0.5, label="B(s)/d")
-    right.axhline(1, color="C3", linestyle="--", label="the paper's claim: never below 1")
-    right.axhline(0.25, color="C2", label="the trivial bound: 1/4, never undercut")
+    right.plot(s, b / d, color=bound, linewidth=0.5, label="B(s)/d")
+    right.axhline(1, color=paper_claim, linestyle="--", label="the paper's claim: never below 1")
+    right.axhline(0.25, color=trivial, label="the trivial bound: 1/4, never undercut")
     right.set(xlabel="distance s (tokens)", ylabel="B(s)/d", ylim=(0, 4))
     right.set_title("The paper's figure 5, further out")
 

@@ -1,4 +1,7 @@
-"""bounds.py: the bounds hold for every h that is tried, the paper's constant does not."""
+"""bounds.py: the bounds hold for every h that is tried, and the sharp one is attained.
+
+The paper's constant does not hold. S(s) is a mean score, and its first zero is the first.
+"""
 
 import json
 import math
@@ -72,14 +75,48 @@ def chord_deviation(h, s, s1, s2, head_dim, theta):
 
 @few
 @given(st.data(), head_dims, thetas, starts, spacings)
-def test_exact_interpolation_bound_is_never_broken(data, head_dim, theta, s1, spacing):
+def test_valid_interpolation_bounds_are_never_broken(data, head_dim, theta, s1, spacing):
     s2 = s1 + spacing
     s = np.linspace(s1, s2, 17)
     h = draw_h(data, head_dim, theta, data.draw(st.sampled_from(list(s))))
     h_max = np.abs(h).max()
     deviation = np.abs(chord_deviation(h, s, s1, s2, head_dim, theta))
-    bound = bounds.interpolation_bound(h_max, s, s1, s2, head_dim, theta)
-    assert (deviation <= bound + slack(h_max, s, head_dim)).all()
+    corrected = bounds.interpolation_bound(h_max, s, s1, s2, head_dim, theta)
+    sharp = bounds.interpolation_bound(h_max, s, s1, s2, head_dim, theta, "sharp")
+    assert (deviation <= sharp + slack(h_max, s, head_dim)).all()
+    assert (sharp <= corrected * (1 + 1e-9) + 1e-12 * h_max).all()
+
+
+@few
+@given(st.data(), head_dims, thetas, st.floats(0, 100), st.floats(0.01, 300), st.floats(0, 1))
+def test_the_sharp_bound_is_attained(data, head_dim, theta, s1, spacing, share):
+    """Also on wide intervals, where a(s) turns many times between s1 and s2. No formula of ours."""
+    s2 = s1 + spacing
+    s = s1 + share * spacing
+    angles = [theta ** (-2 * j / head_dim) for j in range(head_dim // 2)]
+    h = []
+    for angle in angles:
+        # The term of this pair, less that of its chord, for h_j = 1. The worst h_j turns it to the
+        # positive real axis.
+        chord = (1 - share) * np.exp(1j * s1 * angle) + share * np.exp(1j * s2 * angle)
+        term = np.exp(1j * s * angle) - chord
+        h.append(np.conj(term) / max(abs(term), 1e-300))
+    h = np.array(h)
+    h_max = data.draw(st.floats(0.1, 10))
+    assert np.abs(h).max() <= 1 + 4 * EPS
+    reached = h_max * chord_deviation(h, s, s1, s2, head_dim, theta)
+    sharp = bounds.interpolation_bound(h_max, s, s1, s2, head_dim, theta, constant="sharp")
+    assert abs(reached - sharp) <= slack(h_max, s2, head_dim)
+
+
+def test_the_sharp_bound_is_largest_in_the_middle_and_0_at_the_ends():
+    """So its value there, 0.49388 at d = 128, holds at every distance between two whole ones."""
+    share = np.linspace(0, 1, 401)
+    for head_dim, theta in ((8, 1e4), (32, 1e3), (128, 1e4), (128, 5e5), (256, 1e6)):
+        sharp = bounds.interpolation_bound(1, 7 + share, 7, 8, head_dim, theta, "sharp")
+        assert sharp.argmax() == 200
+        assert sharp[[0, -1]].max() < 1e-12
+    assert bounds.interpolation_bound(1, [3, 3.5], 3, [3, 4], 8, 1e4, "sharp")[0] == 0
 
 
 @few
@@ -122,7 +159,7 @@ def test_the_sharper_form_beats_the_trivial_bound_for_smooth_h():
 
 @pytest.mark.parametrize("theta", [1e3, 1e4, 5e5, 1e6])
 def test_the_counterexample(theta):
-    """At every even head_dim it is above the paper's bound and at most 2.2% below the exact one."""
+    """Above the paper's bound, and at most 2.2% below the corrected one, at every even head_dim."""
     s1 = 1000.0
     for head_dim in range(8, 257, 2):
         h = bounds.adversarial_h(s1 + 0.5, head_dim, theta, h_max=3.0)
@@ -135,6 +172,8 @@ def test_the_counterexample(theta):
         exact = bounds.interpolation_bound(*args, constant="exact")
         assert paper < deviation < exact, head_dim
         assert deviation >= (1 - 0.022) * exact, head_dim
+        sharp = bounds.interpolation_bound(*args, constant="sharp")
+        np.testing.assert_allclose(sharp, deviation, rtol=1e-9)
 
 
 @few
@@ -175,6 +214,69 @@ def test_closed_form_of_the_sum(head_dim, theta):
     direct = math.fsum(bounds.frequencies(head_dim, theta) ** 2)
     assert bounds.sum_theta_squared(head_dim, theta) == pytest.approx(direct, rel=1e-13)
     assert direct > head_dim / (4 * math.log(theta))  # the paper's constant
+
+
+@pytest.mark.parametrize("theta, quotient", [(1e4, 129.6), (5e5, 174.4)], ids=["llama", "llama3"])
+def test_quotient_of_two_attained_suprema(theta, quotient):
+    """|a(s)| <= d/2 and the sharp bound are both reached: their quotient needs no other bound."""
+    deviation = bounds.grid_deviation(128, theta)
+    aligned = bounds.adversarial_h(5000.5, 128, theta)
+    largest = bounds.attention_score(aligned, 5000.5, 128, theta)
+    reached = chord_deviation(aligned, 5000.5, 5000, 5001, 128, theta)
+    assert largest / reached == pytest.approx(quotient, abs=0.05)
+    assert 64 / deviation["sharp"] == pytest.approx(quotient, abs=0.05)
+
+
+# ---- S(s) ----------------------------------------------------------------------------------------
+
+
+def test_similarity_is_the_mean_score_of_like_tokens():
+    """Men et al. 2024, theorem 1: over random queries q and keys q + noise the mean is 2 S(s)."""
+    rng = np.random.default_rng(0)
+    n = 20000
+    q, noise, other = rng.standard_normal((3, n, 16, 2)) @ [1, 1j]  # (n, d/2) each
+    s = np.array([0, 1, 5, 100, 700])
+    expected = 2 * bounds.similarity(s, 32, 1e4)
+    # The mean of n scores is off by some sqrt(d / n) standard deviations of one component
+    tolerance = 5 * np.sqrt(4 * 32 / n)
+    like = bounds.attention_score(q * (q + noise).conj(), s, 32, 1e4).mean(axis=0)
+    unlike = bounds.attention_score(q * other.conj(), s, 32, 1e4).mean(axis=0)
+    np.testing.assert_allclose(like, expected, atol=tolerance)
+    np.testing.assert_allclose(unlike, 0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "head_dim, theta, zero, negative",
+    [
+        (128, 1e4, 1706.06, 1707),  # LLaMA: 0.83 of its window
+        (128, 5e5, 18437.78, 18438),  # Llama 3
+        (64, 1e5, 3615.70, 3616),
+        (32, 1e4, 473.37, 474),
+        (2, 1e4, math.pi / 2, 2),  # one pair: S(s) = cos(s)
+        # S dips below 0 between two whole distances first, and is negative at a whole one later
+        (18, 300, 28.741, 52),
+        (28, 3e3, 160.334, 260),
+    ],
+)
+def test_first_zero_of_similarity(head_dim, theta, zero, negative):
+    last = 20000
+    found = bounds.first_zero(head_dim, theta, last)
+    assert found == pytest.approx(zero, abs=5e-3)
+    assert abs(bounds.similarity(found, head_dim, theta)) < 1e-6
+    # No earlier zero: S is positive at every 1/50 of a token before
+    before = np.arange(0, found - 0.02, 0.02)
+    angles = [theta ** (-2 * j / head_dim) for j in range(head_dim // 2)]
+    assert sum(np.cos(before * angle) for angle in angles).min() > 0
+    assert bounds.first_negative(head_dim, theta, last) == negative
+    assert bounds.first_zero(head_dim, theta, int(zero)) is None
+    assert bounds.first_negative(head_dim, theta, negative - 1) is None
+
+
+def test_share_of_negative_similarity():
+    """LLaMA at 8,192 positions: 40% of the distances beyond 2,048 left alone, 1% under PI."""
+    shares = bounds.negative_shares(128, 1e4, 2048, 4)
+    assert shares == pytest.approx({"none": 0.4007, "linear": 0.0098}, abs=5e-5)
+    assert bounds.negative_shares(128, 1e4, 2048, 1) == {"none": 0.0, "linear": 0.0}
 
 
 # ---- a(s) and B(s) by other ways -----------------------------------------------------------------
@@ -278,6 +380,7 @@ def test_what_is_left_of_the_claims(theta, last, least, argmin, first, share, ra
     if theta == 1e4:
         trivial = found["trivial_ratio"]
         assert (round(trivial["paper"]), round(trivial["exact"])) == (147, 128)
+        assert trivial["sharp"] == pytest.approx(129.6, abs=0.05)
 
 
 # ---- errors and the script -----------------------------------------------------------------------
@@ -312,7 +415,8 @@ def test_script_prints_draws_and_writes(tmp_path):
     assert done.returncode == 0, done.stderr
 
     figures = ("1.1159", "3643", "0.6292", "22297", "4861", "2.71%", "658x", "371x")
-    for figure in (*figures, "147x", "128x", "600x"):
+    figures += ("147x", "128x", "129.6x", "600x", "0.49388", "0.83 L", "1707", "60.2%", "0.8%")
+    for figure in figures:
         assert figure in done.stdout
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((tmp_path / "b.json").read_text())
@@ -322,7 +426,12 @@ def test_script_prints_draws_and_writes(tmp_path):
     assert near["first_below_d"] is None
     assert far["argmin"] == 22297
     deviation = report["grid_deviation"]
-    assert deviation["paper"] < deviation["attained"] < deviation["exact"]
+    assert deviation["paper"] < deviation["sharp"] < deviation["exact"]
+    similar = report["similarity"]
+    assert similar["these settings"] == similar["llama"]
+    assert similar["llama"]["first_negative"] == 1707
+    assert similar["llama3"]["first_zero_over_window"] == pytest.approx(2.2507, abs=5e-5)
+    assert report["negative_share"]["linear"] == pytest.approx(0.0081, abs=5e-5)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b.json", "b.png"]
 
 

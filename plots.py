@@ -404,3 +404,190 @@ def draw_speed_ratios(axes: Sequence[Axes], rows: Sequence[dict]) -> None:
         axis.set(xlabel="window (tokens)", ylabel="ours / transformers")
         axis.set_title(f"Ratio of {measure}")
         axis.legend(fontsize=8)
+
+
+# ---- the notebook of the theory (attention_bounds.ipynb) -----------------------------------------
+
+COLORS = [look.color for look in STYLES]
+
+
+def new_grid(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
+    """A figure and its panels, (rows, columns). width, height: inches of a panel."""
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained", dpi=90)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def draw_pair(axis: Axes, query: complex, key: complex) -> None:
+    """Draw one pair of a query and of a key as arrows, and the angle from the key to the query."""
+    for tip, name, color in ((query, "query", COLORS[1]), (key, "key", COLORS[2])):
+        axis.annotate("", (tip.real, tip.imag), (0, 0), arrowprops={"color": color, "width": 2})
+        axis.text(1.15 * tip.real, 1.15 * tip.imag, name, color=color, ha="center", va="center")
+    start = np.angle(key)
+    between = np.angle(query / key)
+    arc = 0.4 * np.exp(1j * np.linspace(start, start + between, 50))
+    axis.plot(arc.real, arc.imag, color="0.3", linewidth=3)
+    draw_circle(axis, 1.0)
+    axis.set(xlim=(-1.4, 1.4), ylim=(-1.4, 1.4), aspect="equal", xticks=[], yticks=[])
+
+
+def draw_circle(axis: Axes, radius: float) -> None:
+    turn = radius * np.exp(2j * np.pi * np.linspace(0, 1, 200))
+    axis.plot(turn.real, turn.imag, color="0.85", linewidth=1, zorder=0)
+
+
+def draw_hands(axes: Sequence[Axes], freqs: np.ndarray, rings: dict[str, np.ndarray]) -> None:
+    """Draw where each pair points, a panel for each pair and a ring for each set of positions.
+
+    freqs: radians per position, one for each panel. rings: positions by name, the inner ring first.
+    """
+    for j, (axis, freq) in enumerate(zip(axes, freqs)):
+        for i, (name, positions) in enumerate(rings.items()):
+            radius = 1 + 0.22 * i
+            draw_circle(axis, radius)
+            tips = radius * np.exp(1j * freq * np.asarray(positions))
+            look = style(i, linestyle="none", markersize=3.5)
+            axis.plot(tips.real, tips.imag, label=name, **look)
+        axis.set(aspect="equal", xticks=[], yticks=[])
+        axis.set_title(f"pair {j}: {np.degrees(freq):.3g}° a token", fontsize=9)
+        axis.set_frame_on(False)
+    handles = axes[0].get_legend_handles_labels()
+    axes[0].figure.legend(*handles, loc="outside lower center", ncols=len(rings), fontsize=8)
+
+
+def draw_arrows(axis: Axes, arrows: np.ndarray) -> None:
+    """Draw complex numbers as arrows, head to tail, and the real part of their sum as a bar."""
+    tips = np.concatenate([[0], np.cumsum(arrows)])
+    for j, arrow in enumerate(arrows):
+        axis.quiver(
+            tips[j].real, tips[j].imag, arrow.real, arrow.imag, angles="xy", scale_units="xy",
+            scale=1, color=COLORS[1 + j % (len(COLORS) - 1)], width=0.02, label=f"pair {j}"
+        )
+    end = tips[-1]
+    axis.plot([end.real, end.real], [0, end.imag], color="0.4", linestyle=":", linewidth=1)
+    axis.plot([0, end.real], [0, 0], color="0.2", linewidth=4, alpha=0.6, label="score a(s)")
+    axis.axhline(0, color="0.9", zorder=0)
+    axis.axvline(0, color="0.9", zorder=0)
+    reach = 0.65 * np.abs(arrows).sum()
+    axis.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", xticks=[], yticks=[])
+
+
+def draw_over_distance(
+    axis: Axes, s: np.ndarray, curves: dict[str, np.ndarray], levels: dict[str, float] = {},
+    window: int | None = None
+) -> None:
+    """Draw curves over the distance, with named horizontal lines and the trained window in gray.
+
+    curves: values at the distances s, by name. levels: heights of the horizontal lines, by name.
+    """
+    for i, (name, values) in enumerate(curves.items()):
+        axis.plot(s, values, label=name, color=COLORS[i % len(COLORS)], linewidth=1)
+    for i, (name, height) in enumerate(levels.items()):
+        look = style(len(curves) + i, marker="", linewidth=1.4)
+        axis.axhline(height, label=name, **look)
+    if window is not None:
+        axis.axvspan(0, window, color="0.9", zorder=0, label=f"trained window, {window:,}")
+    axis.set_xlabel("distance s (tokens)")
+    axis.xaxis.set_major_formatter("{x:,g}")
+    axis.grid(color="0.92")
+    axis.legend(fontsize=8)
+
+
+def draw_fit(axes: Sequence[Axes], fit: dict, name: str, window: int) -> None:
+    """Draw a row of the paper's figure 2: a fit inside the window, beyond it, and between tokens.
+
+    fit: pairs (distances, values) for "targets", "inside", "outside" and "between".
+    """
+    inside, outside, between = axes
+    inside.plot(*fit["targets"], ".", color="0.8", markersize=1.5, label="targets")
+    inside.plot(*fit["inside"], color=COLORS[1], linewidth=0.6, label="fit")
+    inside.set(ylabel=f"{name}\nscore a(s)", ylim=(-4, 4))
+
+    # Large values need a logarithmic axis, which is linear between -1 and 1
+    s, values = fit["outside"]
+    outside.plot(s, values, color=COLORS[1], linewidth=0.6)
+    outside.axvspan(0, window, color="0.9", zorder=0, label="window")
+    outside.set_ylim(-4, 4)
+    top = 3 * np.abs(values).max()
+    if top > 100:
+        ticks = 10.0 ** np.arange(0, np.log10(top), 3)[1:]
+        outside.set(yscale="symlog", ylim=(-top, top))
+        outside.set_yticks(np.concatenate([-ticks[::-1], [0], ticks]))
+        outside.minorticks_off()
+
+    s, values = fit["between"]
+    whole = s % 1 == 0
+    between.plot(s, values, color=COLORS[1], linewidth=1, label="fit, steps of 1/8")
+    between.plot(s[whole], values[whole], ".", color=COLORS[0], markersize=3, label="whole")
+    between.set_ylim(-1.2, 1.2)
+
+
+def draw_singular_values(axis: Axes, singular: np.ndarray, noise: float) -> None:
+    """Draw singular values over the largest one, and the level of rounding noise."""
+    axis.semilogy(singular / singular[0], ".-", color=COLORS[1])
+    axis.axhline(noise, color=COLORS[2], linestyle="--", label="float64 rounding noise")
+    axis.set(xlabel="index i", ylabel="singular value i / the largest")
+    axis.grid(color="0.92")
+    axis.legend(fontsize=8)
+
+
+def draw_tangent(axis: Axes, theta: float, head_dims: Sequence[int]) -> None:
+    """Draw c^x and its tangent at 0, with a mark at x = -4/d for each d."""
+    x = np.linspace(-0.3, 0.1, 200)
+    axis.plot(x, theta**x, color=COLORS[1], label=r"$c^x$")
+    axis.plot(x, 1 + x * np.log(theta), "--", color=COLORS[2], label=r"the tangent $1 + x\,\ln c$")
+    for i, head_dim in enumerate(head_dims):
+        at = -4 / head_dim
+        foot = 1 + at * np.log(theta)
+        axis.plot([at, at], [foot, theta**at], color="0.4", linewidth=1.5)
+        look = style(i, color="0.2", linestyle="none", markersize=5)
+        axis.plot(at, theta**at, label=f"x = -4/d, d = {head_dim}", **look)
+    axis.set(xlabel="x", title=f"A tangent lies below its curve, c = {theta:g}")
+    axis.legend(fontsize=8)
+
+
+def draw_sum_and_integral(axis: Axes, squares: np.ndarray, theta: float) -> None:
+    """Draw theta_j^2 as bars, and the area that the paper takes for their sum."""
+    n = len(squares)
+    fine = np.linspace(0, n, 300)
+    area = n / (2 * np.log(theta))
+    axis.bar(
+        np.arange(n), squares, width=1, align="edge", color=COLORS[1], alpha=0.35,
+        edgecolor=COLORS[1], label=f"the sum (all bars): {squares.sum():.4f}"
+    )
+    name = f"d / (4 ln c) (under the curve): {area:.4f}"
+    axis.fill_between(fine, theta ** (-2 * fine / n), color=COLORS[2], alpha=0.6, label=name)
+    axis.set(xlabel="pair j", ylabel=r"$\theta_j^2$", xlim=(0, 8))
+    axis.set_title(f"What the paper takes for the sum, d = {2 * n}")
+    axis.legend(fontsize=8)
+
+
+def draw_chords(
+    axes: Sequence[Axes], s: np.ndarray, score: np.ndarray, chord: np.ndarray,
+    limits: dict[str, np.ndarray]
+) -> None:
+    """Draw a score with its chords (left), and its deviation from them with its limits (right)."""
+    left, right = axes
+    whole = s % 1 == 0
+    left.plot(s, score, color=COLORS[1], label="a(s)")
+    left.plot(s, chord, "--", color="0.4", label="chords between whole distances")
+    left.plot(s[whole], score[whole], ".", color=COLORS[0], markersize=8)
+    left.set(xlabel="distance s (tokens)", ylabel="score, in units of max|h|")
+    right.plot(s, np.abs(score - chord), color=COLORS[1], label="|a(s) - chord|", linewidth=2.5)
+    for i, (name, limit) in enumerate(limits.items()):
+        right.plot(s, limit, label=name, **style(2 + i, marker="", linewidth=1.3))
+    right.set(xlabel="distance s (tokens)", ylabel="deviation, in units of max|h|", ylim=(0, 0.8))
+    for axis in axes:
+        axis.ticklabel_format(useOffset=False)
+        axis.grid(color="0.92")
+    left.legend(fontsize=8, loc="lower center")
+    right.legend(fontsize=8, loc="upper right")
+
+
+def draw_by_pair(axis: Axes, curves: dict[str, np.ndarray]) -> None:
+    """Draw a value for each pair on a logarithmic axis, a line for each name."""
+    for i, (name, values) in enumerate(curves.items()):
+        look = style(i, markersize=4.5, markevery=4)
+        axis.semilogy(np.arange(len(values)), values, label=name, **look)
+    axis.set_xlabel("pair j")
+    axis.grid(color="0.92")
+    axis.legend(fontsize=8)

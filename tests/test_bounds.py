@@ -270,6 +270,7 @@ def test_first_zero_of_similarity(head_dim, theta, zero, negative):
     assert bounds.first_negative(head_dim, theta, last) == negative
     assert bounds.first_zero(head_dim, theta, int(zero)) is None
     assert bounds.first_negative(head_dim, theta, negative - 1) is None
+    assert bounds.first_negative(head_dim, theta, negative) == negative
 
 
 def test_share_of_negative_similarity():

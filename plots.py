@@ -467,7 +467,7 @@ def draw_arrows(axis: Axes, arrows: np.ndarray) -> None:
     axis.plot([0, end.real], [0, 0], color="0.2", linewidth=4, alpha=0.6, label="score a(s)")
     axis.axhline(0, color="0.9", zorder=0)
     axis.axvline(0, color="0.9", zorder=0)
-    reach = 0.65 * np.abs(arrows).sum()
+    reach = 0.7 * np.abs(arrows).sum()
     axis.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", xticks=[], yticks=[])
 
 

@@ -1,6 +1,7 @@
 """Every notebook runs from top to bottom outside the repo, and is committed as it ran."""
 
 import json
+import re
 import shutil
 from itertools import islice
 from pathlib import Path
@@ -76,6 +77,43 @@ def text_of(notebook) -> str:
 def test_attention_bounds_runs(tmp_path, monkeypatch):
     notebook = execute("attention_bounds.ipynb", tmp_path / "elsewhere", monkeypatch)
     assert count_pictures(notebook) == count_pictures(committed("attention_bounds.ipynb"))
+
+
+def answers(name: str) -> list[str]:
+    """The Python code of the folded answers to a notebook's exercises, one string for each."""
+    codes = []
+    for cell in committed(name).cells:
+        if cell.cell_type == "markdown" and "<details>" in cell.source:
+            folded = cell.source.split("<details>")[1].split("</details>")[0]
+            codes.append("\n".join(re.findall(r"```python\n(.*?)```", folded, flags=re.DOTALL)))
+    return codes
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_answers_to_the_exercises_of_attention_bounds_run(number):
+    """Each stands for itself, and asserts the numbers that its text gives."""
+    codes = answers("attention_bounds.ipynb")
+    assert len(codes) == 3
+    code = codes[number - 1]
+    assert code.count("assert ") >= 2
+    exec(compile(code, f"answer {number}", "exec"), {})
+
+
+def test_cells_of_attention_bounds_are_short_and_ask_before_they_show():
+    """A cell has at most 25 lines, and the text before each picture asks for a guess."""
+    text = ""  # since the last picture
+    shown = False
+    for cell in committed("attention_bounds.ipynb").cells:
+        if cell.cell_type == "markdown":
+            if shown:
+                text = ""
+                shown = False
+            text += cell.source
+            continue
+        assert len(cell.source.splitlines()) <= 25, cell.source
+        if any("image/png" in output.get("data", {}) for output in cell.outputs):
+            assert "uess: " in text, cell.source
+            shown = True
 
 
 def random_base(folder: Path):

@@ -277,7 +277,7 @@ def first_negative(head_dim: int, theta: float, last: int) -> int | None:
 
 
 def first_zero(head_dim: int, theta: float, last: int) -> float | None:
-    """The first distance s up to `last` with S(s) = 0, a fraction of a token exact, or None.
+    """The first distance s up to `last` with S(s) = 0, not only of whole ones; or None.
 
     A dip between two whole distances is overlooked if it is less than about 0.0001 deep (d = 128).
     """

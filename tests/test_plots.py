@@ -340,15 +340,15 @@ def test_reach_over_steps_hides_no_point(axis):
 def test_bounds_are_in_units_of_h_and_of_d():
     figure, axes = plots.new_figure(panels=2)
     b = np.array([30.0, 20.0, 4.0])
-    deviation = {"paper": 0.25, "exact": 0.5, "attained": 0.4}
+    deviation = {"paper": 0.25, "exact": 0.5, "sharp": 0.4}
     report = {"head_dim": 8, "theta": 1e4, "window": 2, "grid_deviation": deviation}
     plots.draw_bounds(axes, report, b)
     left, right = [lines_by_label(axis) for axis in axes]
     assert points_of(left["extrapolation, eq. (8): 2B(s)"]) == [(0, 60), (1, 40), (2, 8)]
     assert points_of(right["B(s)/d"]) == [(0, 3.75), (1, 2.5), (2, 0.5)]
     heights = {name: line.get_ydata()[0] for name, line in left.items()}
-    assert heights["trivial: d/2"] == 4
-    assert heights["interpolation, exact: 0.500"] == 0.5
+    assert heights["trivial, attained: d/2"] == 4
+    assert heights["interpolation, attained: 0.400"] == 0.4
     assert heights["interpolation, the paper's (7): 0.250"] == 0.25
     assert axes[0].get_yscale() == "log"
     for axis in axes:

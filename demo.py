@@ -1,8 +1,9 @@
-"""The paper in one command, on a laptop: pre-train a small LLaMA, extend its window, measure it.
+"""The paper in one command, on a laptop: extend the window of a small LLaMA, and measure it.
 
-    python demo.py                         # about 15 minutes on two CPU cores; results in out/demo
+    python demo.py                         # extend the base in assets/base; results in out/demo
+    python demo.py --scratch               # pre-train that base first
     python demo.py --all                   # fine-tune with NTK and YaRN too
-    python demo.py --seeds 0,1,2           # mean and spread over three seeds, each from scratch
+    python demo.py --scratch --seeds 0,1,2           # mean and spread over three seeds
     python demo.py --init FOLDER --data novels/ --scale 2 --steps 200   # the same for a real LLaMA
 
 Each stage is one of the repo's scripts: train.py makes the base and extends it, eval_ppl.py
@@ -34,6 +35,7 @@ from model import LLaMA
 from parallel import states
 from tokenizer import Tokenizer
 
+SHIPPED_BASE = Path(__file__).parent / "assets" / "base"
 METHODS = {"PI": "linear", "direct": "none", "NTK": "ntk", "YaRN": "yarn"}  # name: its --rope
 
 
@@ -45,6 +47,8 @@ class Row(NamedTuple):
     steps: int  # of fine-tuning
     ppl: dict[str, float]  # {window: perplexity}; the window is a string as in JSON
     k_max: int
+    found: dict[str, float]  # a passkey.Share: keys found beyond the original window
+    losses: dict[str, list[dict]]  # {window: "by_document" of eval_ppl.perplexity}
     points: list[dict]  # keys found by distance, as passkey.retrieve returns them
     positions: list[float]  # mean loss by position in the extended window
 
@@ -56,12 +60,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     count = cli.at_least(1)
-    add("--init", help=f"extend {cli.CHECKPOINT_FORMS}; default: pre-train the tiny base")
+    add("--init", help=f"extend {cli.CHECKPOINT_FORMS}; default: the tiny base in assets/base")
+    add("--scratch", action="store_true", help="pre-train a tiny base, and extend that")
     add("--data", nargs="+", help=f"{cli.DATA_FORMS}; default: Python's standard library")
     add("--out", default="out/demo", help="the folder for everything")
-    add("--scale", type=float, default=2.0, help="the extended window over the original one, L'/L")
-    add("--base_steps", type=count, help="pre-training steps; default: as train.py has it")
-    add("--steps", nargs="+", action=cli.WholeNumbers, const=1, default=[100, 200, 400],
+    add("--scale", type=float, default=4.0, help="the extended window over the original one, L'/L")
+    add("--base_steps", type=count,
+        help="with --scratch: pre-training steps; default: as train.py has it")
+    add("--steps", nargs="+", action=cli.WholeNumbers, const=1, default=[25, 50, 100, 200],
         help="measure each fine-tune after these steps, as 100,200; it ends with the last of them")
     add("--all", action="store_true", help="fine-tune with NTK and YaRN too")
     add("--distances", type=count, default=32, help="passkeys: number of distances k")
@@ -74,6 +80,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.scale > 1:
         parser.error(f"--scale must be above 1, got {args.scale:g}: the demo extends the window")
+    if args.init and args.scratch:
+        parser.error("--init and --scratch are two bases: give one of them")
+    if args.base_steps and not args.scratch:
+        parser.error("--base_steps is about pre-training: give --scratch too")
     return args
 
 
@@ -87,16 +97,16 @@ def run_seed(args: argparse.Namespace, seed: int) -> tuple[list[Row], int, int]:
     if args.data:
         flags += ["--data"] + args.data
 
-    # The base: the checkpoint of --init, or a tiny model that is pre-trained here
-    if args.init:
-        base = Path(args.init)
-        base_settings = {"init": args.init}
-    else:
+    # The base: a tiny model that is pre-trained here, or a checkpoint
+    if args.scratch:
         base = out / "base"
-        base_flags = flags
+        base_flags = flags + ["--init", "scratch"]
         if args.base_steps:
-            base_flags = flags + ["--max_iters", str(args.base_steps)]
+            base_flags += ["--max_iters", str(args.base_steps)]
         base_settings = train_stage(base, base_flags, {}, "pre-training the base", args.device)
+    else:
+        base = Path(args.init or SHIPPED_BASE)
+        base_settings = {"init": str(base)}
     config = checkpoint.read_config(base)
     window = config.original_window
     long = extend(config, args.scale, "linear").block_size
@@ -225,7 +235,7 @@ def evaluate_stage(
 def evaluate(
     model: LLaMA, tokenizer: Tokenizer, args: argparse.Namespace, seed: int, title: str
 ) -> dict:
-    """The measures of a model in its extended window: ppl, k_max, points and positions of a Row."""
+    """What is measured of a model in its extended window: the fields of a Row from ppl on."""
     bos_id = tokenizer.bos_id
     long = model.config.block_size
 
@@ -238,13 +248,15 @@ def evaluate(
             f"--data: no validation document fills the extended window, {long}: give longer ones"
         )
 
-    # Perplexity at half the original window, at the original one, and at its doublings
+    # Perplexity at the original window and at its doublings
     ppl = {}
-    for window in [model.config.original_window // 2] + eval_ppl.doublings(model.config):
-        stride = min(256, window // 2)
+    losses = {}
+    stride = min(256, model.config.original_window // 2)
+    for window in eval_ppl.doublings(model.config):
         desc = f"{title}, window {window}"
         measured = eval_ppl.perplexity(model, documents, window, stride, bos_id, desc=desc)
         ppl[str(window)] = measured["ppl"]
+        losses[str(window)] = measured["by_document"]
 
     # The loss by position and the passkeys, both in the extended window
     desc = f"{title}, by position"
@@ -257,6 +269,8 @@ def evaluate(
     return {
         "ppl": ppl,
         "k_max": passkey.k_max(points),
+        "found": passkey.share_found(points, model.config.original_window)._asdict(),
+        "losses": losses,
         "points": points,
         "positions": positions.tolist(),
     }
@@ -266,12 +280,18 @@ def evaluate(
 
 
 def summary(rows: list[Row], window: int, long: int) -> list[str]:
-    """Sentences on what the rows show, whatever they show: on perplexity, and on passkeys.
+    """Sentences on what the rows show, whatever they show.
 
     rows: the base first, then PI without fine-tuning, then the fine-tunes.
     """
     last = last_rows(rows)
-    sentences = [perplexity_sentence(rows[0], rows[1], last["PI"], last["direct"], window, long)]
+    sentences = [
+        breakdown_sentence(rows[0], rows[1], window, long),
+        perplexity_sentence(rows[0], last["PI"], window, long),
+    ]
+    for steps in sorted({row.steps for row in rows if row.name == "direct"}):
+        pi, direct = (find(rows, name, steps) for name in ("PI", "direct"))
+        sentences.append(difference_sentence(pi, direct, long))
     return sentences + passkey_sentences(last["PI"], last["direct"], window)
 
 
@@ -280,15 +300,18 @@ def last_rows(rows: list[Row]) -> dict[str, Row]:
     return {row.name: row for row in rows}
 
 
-def perplexity_sentence(
-    base: Row, untuned: Row, pi: Row, direct: Row, window: int, long: int
-) -> str:
+def find(rows: list[Row], name: str, steps: int) -> Row:
+    for row in rows:
+        if row.name == name and row.steps == steps:
+            return row
+    raise KeyError(f"{name}, {steps} steps")
+
+
+def breakdown_sentence(base: Row, untuned: Row, window: int, long: int) -> str:
+    """How the base fares beyond its window, without fine-tuning."""
     at_home = base.ppl[str(window)]
     extrapolated = base.ppl[str(long)]
     interpolated = untuned.ppl[str(long)]
-    tuned = pi.ppl[str(long)]
-
-    # How the base fares beyond its window, without fine-tuning
     text = f"Read at {long / window:g} times its window, the base's perplexity "
     if extrapolated > 1.2 * at_home:
         text += f"blows up {extrapolated / at_home:.1f}-fold, "
@@ -297,29 +320,53 @@ def perplexity_sentence(
         text += f"does not blow up ({at_home:.1f} at {window}, {extrapolated:.1f} at {long})"
     text += f"; Position Interpolation without fine-tuning has {interpolated:.1f} there, "
     if interpolated < extrapolated:
-        text += "better than extrapolating"
-    else:
-        text += "no better than extrapolating"
+        return text + "better than extrapolating."
+    return text + "no better than extrapolating."
 
-    # How the fine-tuned models fare there
-    text += f", and after {pi.steps} steps {tuned:.1f}, "
+
+def perplexity_sentence(base: Row, pi: Row, window: int, long: int) -> str:
+    """How PI fares after the fine-tune: beside the base, and over the window."""
+    at_home = base.ppl[str(window)]
+    tuned = pi.ppl[str(long)]
+    text = f"After {pi.steps} steps PI has {tuned:.1f} at {long}, "
     if tuned <= at_home:
-        text += "at or below the base at its own window, "
+        text += f"at or below the base at {window}; "
     else:
-        text += f"{tuned / at_home - 1:.0%} above the base at its own window, "
-    curve = [ppl for size, ppl in pi.ppl.items() if int(size) >= window]
-    if sorted(set(curve), reverse=True) != curve:
-        text += "not "
-    return (
-        text + f"falling as the window grows; direct fine-tuning has {direct.ppl[str(long)]:.1f}."
-    )
+        text += f"{tuned / at_home - 1:.0%} above the base at {window}; "
+    text += f"from {window} to {long} its loss changes by "
+    difference = paired(pi.losses[str(window)], pi.losses[str(long)])
+    return text + f"{in_words(*difference)}."
+
+
+def difference_sentence(pi: Row, direct: Row, long: int) -> str:
+    """PI beside direct fine-tuning after the same steps, over the same documents."""
+    difference, stderr = paired(direct.losses[str(long)], pi.losses[str(long)])
+    text = f"After {pi.steps} steps the loss of PI at {long} minus that of direct fine-tuning is "
+    text += in_words(difference, stderr)
+    if stderr is not None and abs(difference) < 2 * stderr:
+        return text + ": they are as good."
+    if difference < 0:
+        return text + ": PI reads better."
+    return text + ": direct fine-tuning reads better."
+
+
+def paired(first: list[dict], second: list[dict]) -> tuple[float, float | None]:
+    """eval_ppl.paired_difference of two rows' losses."""
+    return eval_ppl.paired_difference({"by_document": first}, {"by_document": second})
+
+
+def in_words(difference: float, stderr: float | None) -> str:
+    """A difference of losses with its standard error over documents."""
+    if stderr is None:
+        return f"{difference:+.4f}"
+    return f"{difference:+.4f} ± {stderr:.4f}"
 
 
 def passkey_sentences(pi: Row, direct: Row, window: int) -> list[str]:
     share = (
         f"With no passkey beyond {window} tokens in the fine-tune, PI finds "
-        f"{share_beyond(pi, window):.0%} of the keys beyond the original window after {pi.steps} "
-        f"steps, direct fine-tuning {share_beyond(direct, window):.0%}."
+        f"{share_in_words(pi)} of the keys beyond the original window after {pi.steps} "
+        f"steps, direct fine-tuning {share_in_words(direct)}."
     )
     reach = (
         f"k_max ends before the first distance at which fewer than {passkey.THRESHOLD:.0%} are "
@@ -335,9 +382,10 @@ def passkey_sentences(pi: Row, direct: Row, window: int) -> list[str]:
     return [share, reach]
 
 
-def share_beyond(row: Row, window: int) -> float:
-    """The share of keys found among those that are more than `window` tokens before the end."""
-    return statistics.mean(point["success"] for point in row.points if point["k"] > window)
+def share_in_words(row: Row) -> str:
+    """The share of keys found beyond the original window, with its 95% interval."""
+    found = row.found
+    return f"{found['found']:.0%} ({found['low']:.0%} to {found['high']:.0%})"
 
 
 def k_max_in_words(row: Row, window: int) -> str:
@@ -352,7 +400,8 @@ def k_max_in_words(row: Row, window: int) -> str:
 def table(runs: list[list[Row]]) -> str:
     """The rows as text; of several runs, one for each seed, mean and standard deviation."""
     windows = list(runs[0][0].ppl)
-    header = ["", "rope", "steps"] + [f"ppl at {window}" for window in windows] + ["k_max"]
+    header = ["", "rope", "steps"] + [f"ppl at {window}" for window in windows]
+    header += ["far keys", "k_max"]
     if len(runs) > 1:
         header.append("k_max of each seed")
     lines = []
@@ -361,6 +410,7 @@ def table(runs: list[list[Row]]) -> str:
         line = [first.name, first.rope, first.steps]
         for window in windows:
             line.append(mean_and_spread([row.ppl[window] for row in same_row], ".2f"))
+        line.append(mean_and_spread([row.found["found"] for row in same_row], ".0%"))
         k_max = [row.k_max for row in same_row]
         line.append(mean_and_spread(k_max, ".0f"))
         if len(runs) > 1:

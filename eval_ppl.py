@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 import data
-from cli import DATA_FORMS, WholeNumbers, at_least, run, write_json
+from cli import DATA_FORMS, WholeNumbers, at_least, run, text_table, write_json
 from evaluation import (
     BATCH_TOKENS, batch_tokens, batches_of_equal_length, check_window, choose_outputs,
     evaluation_parser, one_or_all, open_checkpoint, read_configs
@@ -41,7 +41,7 @@ def perplexity(
     model: LLaMA, documents: Sequence[Sequence[int]], window: int, stride: int,
     bos_id: int | None = None, *, batch_tokens: int = BATCH_TOKENS, desc: str = ""
 ) -> dict:
-    """Sliding-window perplexity: {"window", "ppl", "nll", "stderr", "tokens", "documents"}.
+    """Sliding-window perplexity: {"window", "ppl", "nll", "stderr", "tokens", "by_document"}.
 
     documents: the token ids of each document, without BOS and EOS.
     window: tokens of a row, BOS included. The model reads all but the last one, which is a target.
@@ -49,7 +49,8 @@ def perplexity(
     batch_tokens: tokens that go through the model at a time.
 
     nll is the mean loss per token in nats, and ppl = exp(nll). stderr is the standard error of nll
-    over documents, None where there is only one; that of ppl is about ppl * stderr.
+    over documents, None where there is only one; that of ppl is about ppl * stderr. by_document has
+    {"loss", "tokens"} of each document, the loss summed over its tokens.
     Raises ValueError if there is nothing to score.
     """
     if window < 2:
@@ -90,7 +91,10 @@ def perplexity(
         "nll": nll,
         "stderr": standard_error(loss_sums, token_counts),
         "tokens": tokens,
-        "documents": int((token_counts > 0).sum()),
+        "by_document": [
+            {"loss": float(loss), "tokens": int(count)}
+            for loss, count in zip(loss_sums, token_counts)
+        ],
     }
 
 
@@ -193,6 +197,21 @@ def standard_error(loss_sums: np.ndarray, token_counts: np.ndarray) -> float | N
     nll = loss_sums.sum() / tokens
     residuals = loss_sums - nll * token_counts
     return math.sqrt(n / (n - 1) * (residuals**2).sum()) / int(tokens)
+
+
+def paired_difference(first: dict, second: dict) -> tuple[float, float | None]:
+    """The nll of `second` minus that of `first`, and its standard error over documents.
+
+    first, second: results of `perplexity` for the same documents, with the same BOS.
+
+    How hard a document is counts in both and cancels, so the difference is far more certain than
+    either of the two. The standard error is None where there is only one document.
+    """
+    pairs = list(zip(first["by_document"], second["by_document"], strict=True))
+    differences = np.array([b["loss"] - a["loss"] for a, b in pairs])
+    token_counts = np.array([a["tokens"] for a, _ in pairs])
+    mean = float(differences.sum() / token_counts.sum())
+    return mean, standard_error(differences, token_counts)
 
 
 def position_nll(
@@ -313,7 +332,6 @@ def evaluate(args: argparse.Namespace, name: str, windows: list[int]) -> tuple[d
             model, documents, window, args.stride, tokenizer.bos_id,
             batch_tokens=batch_tokens(args, window), desc=f"{name}, window {window}"
         )
-        del row["documents"]  # the same for all windows, and so said once below
         rows.append(row)
     result = {
         "init": name,
@@ -340,6 +358,23 @@ def evaluate(args: argparse.Namespace, name: str, windows: list[int]) -> tuple[d
         )
         result["positions"] = {"window": window, "nll": nll.round(5).tolist()}
     return result, tokenizer.fingerprint
+
+
+def difference_table(results: list[dict], windows: list[int]) -> str:
+    """The loss of each checkpoint minus that of the first, a column for each window, in nats."""
+    first = {row["window"]: row for row in results[0]["windows"]}
+    lines = []
+    for result in results[1:]:
+        line = [result["init"]]
+        rows = {row["window"]: row for row in result["windows"]}
+        for window in windows:
+            if window not in rows or window not in first:
+                line.append("-")
+                continue
+            difference, stderr = paired_difference(first[window], rows[window])
+            line.append(f"{difference:+.4f} ± {stderr:.4f}")
+        lines.append(line)
+    return text_table([f"loss minus that of {results[0]['init']}"] + windows, lines)
 
 
 def headline(args: argparse.Namespace, result: dict) -> str:
@@ -379,12 +414,12 @@ def main(argv: list[str] | None = None) -> None:
     # Print a table, and write JSON and a picture
     print(headline(args, results[0]))
     print(perplexity_table(results, columns, over_steps=bool(steps)))
+    comparable = len(fingerprints) == 1
     if results[0]["documents"] > 1:
-        print(
-            "± one standard error over documents (all rows read the same documents, so a "
-            "difference between two rows is more certain than that)"
-        )
-    if len(fingerprints) > 1:
+        print("± one standard error over documents")
+        if len(results) > 1 and comparable and not steps:
+            print(f"\n{difference_table(results, columns)}")
+    if not comparable:
         print(
             "the tokenizers differ: these perplexities are of different tokens, don't compare them",
             file=sys.stderr,

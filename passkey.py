@@ -24,9 +24,11 @@ paper.
 """
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -60,6 +62,33 @@ def k_max(points: Sequence[dict]) -> int:
             break
         largest = point["k"]
     return largest
+
+
+class Share(NamedTuple):
+    """The share of keys that were found, and its 95% interval, each from 0 to 1."""
+
+    found: float
+    low: float
+    high: float
+
+
+def share_found(points: Sequence[dict], beyond: float) -> Share | None:
+    """The share of keys found at the distances k > beyond; None if none was tested.
+
+    points: {"k", "hits", "tries"}. Unlike k_max it does not hang on a single distance. The interval
+    is Wilson's for a share of hits among independent tries.
+    """
+    far = [point for point in points if point["k"] > beyond]
+    if not far:
+        return None
+    hits = sum(point["hits"] for point in far)
+    tries = sum(point["tries"] for point in far)
+    share = hits / tries
+    z = 1.96  # standard deviations: 95% of a normal distribution lie within
+    middle = (share + z**2 / (2 * tries)) / (1 + z**2 / tries)
+    spread = math.sqrt(share * (1 - share) / tries + z**2 / (4 * tries**2))
+    spread *= z / (1 + z**2 / tries)
+    return Share(share, max(0.0, middle - spread), min(1.0, middle + spread))
 
 
 def distances(length: int, n: int = 32) -> list[int]:
@@ -194,9 +223,11 @@ def evaluate(args: argparse.Namespace, name: str) -> dict:
                 f"{name}, length {length}: k = {', '.join(map(str, skipped))} left out: "
                 "the key's line and the question alone take more", file=sys.stderr
             )
-        runs.append(
-            {"length": length, "points": points, "k_max": k_max(points), "skipped": skipped}
-        )
+        run = {"length": length, "points": points, "k_max": k_max(points), "skipped": skipped}
+        beyond = share_found(points, config.original_window)
+        if beyond is not None:
+            run["beyond"] = beyond._asdict()
+        runs.append(run)
     last = runs[-1]  # the longest; its numbers stand at the top level too
     return {
         "init": name,

@@ -75,13 +75,23 @@ def passkey_tables(results: list[dict], over_steps: bool) -> str:
             successes = [point["success"] for point in one["points"]]
             found = sum(successes) / len(successes)
             row = [result["init"], result["rope"], f"{result['scale']:g}"]
-            row += [result["original_window"], one["length"], f"{found:.1%}", one["k_max"]]
+            row += [result["original_window"], one["length"], f"{found:.1%}"]
+            row += [beyond_cell(one), one["k_max"]]
             rows.append(row)
-    header = ["checkpoint", "rope", "scale", "original window", "length", "found", "k_max"]
+    header = ["checkpoint", "rope", "scale", "original window", "length", "found"]
+    header += ["found beyond the original window", "k_max"]
     table = text_table(header, rows)
     if have_one_length(results):
         table = success_table(results) + "\n\n" + table
     return table
+
+
+def beyond_cell(one: dict) -> str:
+    """The share of keys found beyond the original window, with its 95% interval."""
+    if "beyond" not in one:
+        return "-"
+    share = one["beyond"]
+    return f"{share['found']:.1%} ({share['low']:.0%} to {share['high']:.0%})"
 
 
 def have_one_length(results: list[dict]) -> bool:

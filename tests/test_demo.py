@@ -1,6 +1,7 @@
 """demo.py: sentences that follow the numbers, stages that are kept or redone, a very small demo."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 import cli
 import demo
 from parallel import states
-from passkey import k_max
+from passkey import k_max, share_found
 
 ROOT = Path(__file__).parent.parent
 DEMO = [sys.executable, str(ROOT / "demo.py")]
@@ -22,9 +23,21 @@ DISTANCES = [128, 256, 384, 512]
 
 def row(name: str, steps: int, near: float, far: float, found: list[float]) -> demo.Row:
     """A row with perplexities at 256 and 512, and the share of keys found at each of DISTANCES."""
-    points = [{"k": k, "success": share} for k, share in zip(DISTANCES, found)]
-    rope = demo.METHODS.get(name, "none")
-    return demo.Row(name, rope, steps, {"256": near, "512": far}, k_max(points), points, [])
+    points = []
+    for k, share in zip(DISTANCES, found):
+        points.append({"k": k, "success": share, "hits": round(share * 10), "tries": 10})
+    losses = {}
+    spread = 0.001 if name == "PI" else 0.002
+    for window, ppl in (("256", near), ("512", far)):
+        # Two documents, of which the second is a little easier
+        losses[window] = [
+            {"loss": 100 * (math.log(ppl) + spread), "tokens": 100},
+            {"loss": 100 * (math.log(ppl) - spread), "tokens": 100},
+        ]
+    return demo.Row(
+        name, demo.METHODS.get(name, "none"), steps, {"256": near, "512": far}, k_max(points),
+        share_found(points, 256)._asdict(), losses, points, []
+    )
 
 
 def rows(**changed) -> list[demo.Row]:
@@ -42,14 +55,15 @@ def rows(**changed) -> list[demo.Row]:
 
 
 def test_the_sentences_of_a_success():
-    perplexity, share, reach = demo.summary(rows(), 256, 512)
-    assert "blows up 2.6-fold, from 16.0 to 42.0" in perplexity
-    assert "20.5 there, better than" in perplexity
-    assert "after 200 steps 15.6, at or below the base" in perplexity
-    assert "window, falling as the window" in perplexity
-    assert "direct fine-tuning has 16.4" in perplexity
-    assert "PI finds 90% of the keys beyond the original window after 200 steps" in share
-    assert "direct fine-tuning 40%" in share
+    breakdown, perplexity, difference, share, reach = demo.summary(rows(), 256, 512)
+    assert "blows up 2.6-fold, from 16.0 to 42.0" in breakdown
+    assert "20.5 there, better than" in breakdown
+    assert "After 200 steps PI has 15.6 at 512, at or below the base" in perplexity
+    assert f"from 256 to 512 its loss changes by {math.log(15.6 / 15.8):+.4f} ± 0.0000" in perplexity
+    assert f"minus that of direct fine-tuning is {math.log(15.6 / 16.4):+.4f}" in difference
+    assert difference.endswith("PI reads better.")
+    assert "PI finds 90% (70% to 97%) of the keys beyond the original window after 200" in share
+    assert "direct fine-tuning 40% (22% to 61%)" in share
     assert "512 (the whole window) for PI" in reach
     assert "128 of 512 (within the original window) for direct" in reach
     assert reach.endswith("PI reaches further.")
@@ -64,16 +78,17 @@ def test_the_sentences_of_a_success():
             "does not blow up (16.0 at 256, 16.5 at 512)",
         ),
         ({"untuned": row("PI", 0, 60.0, 61.0, [0, 0, 0, 0])}, 0, "61.0 there, no better than"),
-        ({"pi": row("PI", 200, 17.0, 17.6, [1, 1, 1, 1])}, 0, "17.6, 10% above the base"),
-        ({"pi": row("PI", 200, 15.0, 15.6, [1, 1, 1, 1])}, 0, "window, not falling as the window"),
-        ({"pi": row("PI", 200, 15.8, 15.6, [1, 0, 0, 0])}, 1, "PI finds 0% of the keys beyond"),
+        ({"pi": row("PI", 200, 17.0, 17.6, [1, 1, 1, 1])}, 1, "17.6 at 512, 10% above the base"),
+        ({"pi": row("PI", 200, 15.8, 16.6, [1, 1, 1, 1])}, 2, "direct fine-tuning reads better."),
+        ({"pi": row("PI", 200, 15.8, 16.4, [1, 1, 1, 1])}, 2, "they are as good."),
+        ({"pi": row("PI", 200, 15.8, 15.6, [1, 0, 0, 0])}, 3, "PI finds 0% (0% to 16%) of the"),
         (
             {"pi": row("PI", 200, 15.8, 15.6, [1, 1, 1, 0])},
-            2,
+            4,
             "384 of 512 (beyond the original window) for PI",
         ),
-        ({"pi": row("PI", 200, 15.8, 15.6, [1, 0, 0, 0])}, 2, "PI reaches as far."),
-        ({"pi": row("PI", 200, 15.8, 15.6, [0, 1, 1, 1])}, 2, "PI reaches less far."),
+        ({"pi": row("PI", 200, 15.8, 15.6, [1, 0, 0, 0])}, 4, "PI reaches as far."),
+        ({"pi": row("PI", 200, 15.8, 15.6, [0, 1, 1, 1])}, 4, "PI reaches less far."),
     ],
 )
 def test_the_sentences_follow_the_numbers(changed, sentence, expected):
@@ -85,10 +100,11 @@ def test_the_table_of_one_run_and_of_several():
     first = rows()
     second = rows(pi=row("PI", 200, 16.8, 16.6, [1, 1, 0, 0]))
     line = demo.table([first]).splitlines()[4]
-    assert line.split() == ["PI", "linear", "200", "15.80", "15.60", "512"]
+    assert line.split() == ["PI", "linear", "200", "15.80", "15.60", "90%", "512"]
     line = demo.table([first, second]).splitlines()[4]
     assert "16.30 ± 0.71" in line
     assert "16.10 ± 0.71" in line
+    assert "45% ± 64%" in line
     assert "384 ± 181" in line
     assert "512, 256" in line
 
@@ -120,6 +136,8 @@ def test_a_stage_is_kept_until_its_settings_change(tmp_path):
         (["--init", "nowhere"], ["nowhere"]),
         (["--data", "nowhere"], ["nowhere"]),
         (["--device", "abacus"], ["--device abacus"]),
+        (["--base_steps", "5"], ["--base_steps", "--scratch"]),
+        (["--init", "nowhere", "--scratch"], ["--init", "--scratch"]),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, flags, words):
@@ -170,7 +188,8 @@ def interrupt(command: list[str], folder: Path, steps: int) -> str:
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
-    command = DEMO + ["--data", str(ROOT / "rope.py"), "--base_steps", "5000", "--device", "cpu"]
+    command = DEMO + ["--data", str(ROOT / "rope.py"), "--scratch", "--base_steps", "5000"]
+    command += ["--device", "cpu"]
     base = tmp_path / "out/demo/seed-0/base"
     saved = [0]
     for _ in range(2):
@@ -187,7 +206,8 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
 def test_the_whole_demo_very_small(tmp_path):
     names = ("model.py", "checkpoint.py", "data.py", "train.py", "eval_ppl.py", "rope.py")
     command = DEMO + ["--data"] + [str(ROOT / name) for name in names]
-    command += ["--base_steps", "4", "--steps", "1,2", "--distances", "2", "--tries", "1"]
+    command += ["--scratch", "--base_steps", "4", "--scale", "2", "--steps", "1,2"]
+    command += ["--distances", "2", "--tries", "1"]
     command += ["--documents", "1", "--max_tokens", "600", "--device", "cpu"]
     first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert first.returncode == 0, first.stderr
@@ -203,7 +223,7 @@ def test_the_whole_demo_very_small(tmp_path):
         ("direct", "none", 2),
     ]
     for row in result["rows"]:
-        assert set(row["ppl"]) == {"128", "256", "512"}
+        assert set(row["ppl"]) == set(row["losses"]) == {"256", "512"}
         assert row["k_max"] == 0
     assert result["seconds"] > 0
     assert all(sentence in first.stdout for sentence in result["summary"])

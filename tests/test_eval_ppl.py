@@ -88,7 +88,7 @@ def test_perplexity_equals_brute_force(stride, bos_id):
     assert result["tokens"] == len(losses) == sum(LENGTHS) - unscored
     assert result["nll"] == pytest.approx(np.mean(losses), rel=1e-5)
     assert result["ppl"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)
-    assert result["documents"] == scored_documents
+    assert sum(one["tokens"] > 0 for one in result["by_document"]) == scored_documents
     assert result["window"] == WINDOW
 
 
@@ -158,6 +158,23 @@ def test_the_mean_is_over_tokens_and_the_error_over_documents():
     assert abs(mean - losses.mean()) > 0.3  # the mean over documents would be another
     squares = ((counts * (losses - mean)) ** 2).sum()
     assert result["stderr"] == pytest.approx(math.sqrt(3 / 2 * squares) / 150)
+
+
+def test_the_difference_of_two_models_is_paired():
+    """Documents of very different difficulty: the difference is the same in each, and certain."""
+    documents = [np.full(21, 4 * i) for i in range(1, 5)]  # 20 scored tokens each, and losses i
+    first = eval_ppl.perplexity(Recorder(quarter_of_id), documents, 32, 8)
+    worse = Recorder(lambda ids: 1.5 + quarter_of_id(ids))
+    second = eval_ppl.perplexity(worse, documents, 32, 8)
+    assert first["stderr"] > 0.5
+    assert eval_ppl.paired_difference(first, second) == pytest.approx((1.5, 0.0), abs=1e-6)
+    # Where it differs by document, its error is the textbook one of the four differences
+    steeper = eval_ppl.perplexity(Recorder(lambda ids: 2 * quarter_of_id(ids)), documents, 32, 8)
+    difference, stderr = eval_ppl.paired_difference(first, steeper)
+    assert difference == pytest.approx(2.5)
+    assert stderr == pytest.approx(np.std([1, 2, 3, 4], ddof=1) / math.sqrt(4))
+    with pytest.raises(ValueError):
+        eval_ppl.paired_difference(first, eval_ppl.perplexity(Recorder(), documents[:3], 32, 8))
 
 
 def test_the_error_of_equally_long_documents_is_the_textbook_one():
@@ -302,7 +319,7 @@ def test_the_script_from_end_to_end(folder):
     assert expected.items() <= result.items()
     assert [row["window"] for row in result["windows"]] == [16, 32, 64]
     for row in result["windows"]:
-        assert set(row) == {"window", "ppl", "nll", "stderr", "tokens"}
+        assert set(row) == {"window", "ppl", "nll", "stderr", "tokens", "by_document"}
         assert row["ppl"] == pytest.approx(math.exp(row["nll"]))
         assert f"{row['ppl']:.2f} ±" in done.stdout
     assert len({row["tokens"] for row in result["windows"]}) == 1  # all windows score the same text
@@ -348,9 +365,12 @@ def test_several_checkpoints_side_by_side(run, tmp_path):
     assert base["stride"] == pi["stride"] == 32
     assert base["windows"][0]["tokens"] == pi["windows"][0]["tokens"]
     rows = [row for row in table(ended.out) if row[0] in ("base", "pi")]
-    assert [row[:3] for row in rows] == [["base", "none", "1"], ["pi", "linear", "2"]]
+    assert [row[:3] for row in rows[:2]] == [["base", "none", "1"], ["pi", "linear", "2"]]
     assert rows[0][-1] == "-"
     assert run("--init", "base", "pi", "--data", "text", "--batch_size", "1").out == ended.out
+    # The difference of the two, paired by document, at the window that both have
+    expected, stderr = eval_ppl.paired_difference(base["windows"][0], pi["windows"][0])
+    assert rows[2] == ["pi", f"{expected:+.4f} ± {stderr:.4f}", "-"]
 
 
 def test_windows_may_be_written_with_commas_or_spaces(run):

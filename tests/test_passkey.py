@@ -1,6 +1,7 @@
 """passkey.py: k_max, retrieval by a model whose reach is known, and the command line."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -116,6 +117,21 @@ def test_one_in_five_is_enough_in_any_number_of_tries(tries):
     enough = tries // 5
     points = [{"k": 1, "success": enough / tries}, {"k": 2, "success": (enough - 1) / tries}]
     assert passkey.k_max(points) == 1
+
+
+@pytest.mark.parametrize("hits, tries", [(0, 20), (1, 20), (87, 160), (20, 20)])
+def test_the_share_of_far_keys_has_wilsons_interval(hits, tries):
+    near = {"k": 256, "hits": 5, "tries": 10}  # not beyond 256, so it does not count
+    far = [{"k": 257, "hits": hits, "tries": tries}, {"k": 512, "hits": 0, "tries": tries}]
+    share = passkey.share_found([near, *far], 256)
+    assert share.found == hits / (2 * tries)
+    # By definition, its ends are the true shares from which `found` is 1.96 standard errors away
+    for end in (share.low, share.high):
+        if 0 < end < 1:
+            error = math.sqrt(end * (1 - end) / (2 * tries))
+            assert abs(share.found - end) == pytest.approx(1.96 * error)
+    assert 0 <= share.low <= share.found <= share.high <= 1
+    assert passkey.share_found([near], 256) is None
 
 
 def test_distances():

@@ -66,7 +66,7 @@ def wait_for_process_0() -> None:
     torchrun then ends the waiting processes, which mostly have the same error to report.
     """
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(5)
+        time.sleep(10)
 
 
 def first_line(error: BaseException) -> str:

@@ -223,10 +223,10 @@ def test_a_real_model_has_a_small_recipe_on_a_cpu_and_the_papers_on_a_gpu(capsys
     shape = ["--plan", "--preset", "smollm2-135m", "--scale", "2"]
     train.main([*shape, "--device", "cpu"])
     text = capsys.readouterr().out
-    assert "200 steps of 1 x 16,384" in text and "24.3 GB  fits" in text
-    assert "on a CPU the default is 200 steps of 1 rows, where GPUs take 1,000 of 64" in text
+    assert "100 steps of 1 x 16,384" in text and "24.3 GB  fits" in text
+    assert "on a CPU the default is 100 steps of 1 rows, where GPUs take 1,000 of 64" in text
     train.main([*shape, "--device", "cpu", "--world_size", "3"])
-    assert "200 steps of 3 x 16,384" in capsys.readouterr().out
+    assert "100 steps of 3 x 16,384" in capsys.readouterr().out
     train.main([*shape, "--device_memory", "80"])
     text = capsys.readouterr().out
     assert "1,000 steps of 64 x 16,384" in text and "on a CPU" not in text

@@ -48,6 +48,7 @@ def planned_machine(args: argparse.Namespace) -> Machine:
     dtype = torch.float32 if args.dtype == "float32" else torch.bfloat16
     return Machine("cuda", dtype, args.device_memory * 1e9)
 
+
 # ---- memory --------------------------------------------------------------------------------------
 
 
@@ -186,8 +187,7 @@ def memory_help(args: argparse.Namespace, machine: Machine) -> str:
 
 
 def plan(
-    args: argparse.Namespace, config: LLaMAConfig, world: int, parts: list[Part], machine: Machine,
-    save_dtype: torch.dtype
+    args: argparse.Namespace, config: LLaMAConfig, world: int, parts: list[Part], machine: Machine
 ) -> str:
     """The text of --plan. parts: what the global batch of a step is made of."""
     engine, _ = choose_engine(args, config, world, machine.free)
@@ -198,8 +198,9 @@ def plan(
         processes=world, dist=engine, dtype=machine.dtype, device_type=machine.device_type,
         checkpoint_activations=args.checkpoint_activations, available=machine.free
     )
-    disk = disk_needed(args, config, Path(args.out or "out"), save_dtype)
-    return text + f"\ndisk: about {format_bytes(disk)}"
+    # The dtype of the kept weights may be that of --init, whose weights are not opened here
+    disk = disk_needed(args, config, Path(args.out or "out"), torch.float32)
+    return text + f"\ndisk: at most about {format_bytes(disk)}"
 
 
 def announce(

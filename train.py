@@ -463,8 +463,7 @@ def main(argv: list[str] | None = None) -> None:
         config = plan.planned_config(args)
         machine = plan.planned_machine(args)
         notes = fill_in_recipe(args, config, world, machine)
-        parts = batch_parts(args, config)
-        text = plan.plan(args, config, world, parts, machine, dtype_to_save(args))
+        text = plan.plan(args, config, world, batch_parts(args, config), machine)
         print("\n".join([text, *notes]))
         return
     with process_group(args.device) as device_name:

@@ -107,7 +107,7 @@ def add_run_flags(parser: Parser) -> None:
     add("--plan", action="store_true",
         help="print what the run takes (memory, tokens, FLOPs) and stop")
     add("--world_size", type=at_least(1), help="number of processes; default: torchrun's, or 1")
-    add("--device_memory", type=at_least(0.0), help="GB of a GPU; default: this machine's device")
+    add("--device_memory", type=at_least(0.0), help="GB of a GPU; default: what is free here")
 
 
 def choose_init(parser: Parser, args: argparse.Namespace) -> None:

@@ -258,7 +258,7 @@ try:
 finally:
     print("calls", len(calls))
 """)
-    flags = [*QUICK, "--init", inits[False], "--max_iters", "20", "--out", str(out)]
+    flags = [*QUICK, "--init", inits[False], "--max_iters", "4", "--out", str(out)]
     done = subprocess.run(
         [*TORCHRUN, "2", "stopped.py", *flags], env=ONE_THREAD, capture_output=True, text=True
     )
@@ -266,7 +266,7 @@ finally:
     assert [state.name for state in parallel.states(out)] == ["step-0"]
     again = script("--resume", "--out", str(out), processes=2)
     assert again.returncode == 0, again.stderr
-    assert losses(out) == pytest.approx(losses(alone[False]), abs=5e-5)
+    assert losses(out) == pytest.approx(losses(alone[False])[:4], abs=5e-5)
 
 
 def test_a_full_disk_leaves_what_was_saved(inits, alone):

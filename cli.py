@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,8 +43,10 @@ def run(main: Callable[[], None]) -> None:
         message = str(error)
         if error.filename and error.strerror:
             message = f"{error.filename}: {error.strerror}"
+        wait_for_process_0()
         sys.exit(report_error(message))
     except ValueError as error:
+        wait_for_process_0()
         sys.exit(report_error(str(error)))
     except KeyboardInterrupt:
         sys.exit(130)
@@ -55,6 +58,15 @@ def report_error(message: str) -> int:
     line = " ".join(message.split())
     print(f"{script}: error: {line}", file=sys.stderr)
     return 2
+
+
+def wait_for_process_0() -> None:
+    """Under torchrun: let process 0 report bad input first.
+
+    torchrun then ends the waiting processes, which mostly have the same error to report.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(10)
 
 
 def first_line(error: BaseException) -> str:
@@ -101,6 +113,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
     def error(self, message: str) -> None:
+        wait_for_process_0()
         sys.exit(report_error(message))
 
 

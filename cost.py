@@ -6,8 +6,10 @@
 MFU (model FLOPs utilization): the FLOP/s of the model's arithmetic over those of the device.
 """
 
+import math
 import os
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -36,6 +38,10 @@ PEAK_FLOPS = {
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
+
+
+# What --checkpoint_activations may be, the fastest first
+ACTIVATIONS = ("none", "selective", "full")
 
 
 class MFU(NamedTuple):
@@ -127,13 +133,6 @@ def expected_mfu(length: int) -> MFU:
 
 
 # ---- memory --------------------------------------------------------------------------------------
-
-
-def device_memory(device: torch.device) -> float:
-    """Bytes of memory of a GPU, or of the whole machine for a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def memory(
@@ -258,6 +257,82 @@ def verdict(peak: float, available: float) -> str:
     if peak >= 0.9 * available:
         return "may not fit: the allocator needs room too"
     return "fits"
+
+
+# ---- the memory that is free ---------------------------------------------------------------------
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes of memory that are free: of a GPU, or of the machine for a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return free_cpu_memory()
+
+
+def free_cpu_memory(root: Path = Path("/")) -> float:
+    """Bytes that programs may still take; all that the machine has, where it isn't Linux.
+
+    root: the folder that has Linux's folders proc and sys.
+    """
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    meminfo = root / "proc/meminfo"
+    if meminfo.exists():
+        available = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+        if available:
+            free = 1024 * int(available[1])
+    return min(free, container_memory(root))
+
+
+class GroupFiles(NamedTuple):
+    """Where Linux has the memory of control groups: a folder, and two files in that of a group."""
+
+    mount: str
+    limit: str
+    used: str
+
+
+# By the controllers in a line of /proc/self/cgroup: none in version 2 of control groups, and
+# "memory" in version 1
+GROUP_FILES = {
+    "": GroupFiles("sys/fs/cgroup", "memory.max", "memory.current"),
+    "memory": GroupFiles(
+        "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+    ),
+}
+
+
+def container_memory(root: Path) -> float:
+    """Bytes that a container's limits leave to this process; infinite where there are none.
+
+    The limits are those of the process's control group and of all groups above it.
+    """
+    least = math.inf
+    own_groups = root / "proc/self/cgroup"
+    if not own_groups.exists():
+        return least
+    for line in own_groups.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in GROUP_FILES:
+            continue
+        files = GROUP_FILES[controllers]
+        group = root / files.mount / path.strip("/")
+        for folder in (group, *group.parents):
+            least = min(least, left_in_group(folder, files))
+    return least
+
+
+def left_in_group(folder: Path, files: GroupFiles) -> float:
+    """Bytes that one control group leaves; infinite where it has no limit."""
+    if not (folder / files.limit).exists():
+        return math.inf
+    limit = (folder / files.limit).read_text().strip()
+    if limit == "max":
+        return math.inf
+    used = int((folder / files.used).read_text())
+    # Files that were read count as used, but the system drops them when memory is short
+    statistics = (folder / "memory.stat").read_text()
+    cached = re.findall(r"^(?:total_)?inactive_file (\d+)$", statistics, re.MULTILINE)
+    return int(limit) - used + max(map(int, cached), default=0)
 
 
 # ---- the plan ------------------------------------------------------------------------------------

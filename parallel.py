@@ -13,6 +13,7 @@ import errno
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -27,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
@@ -35,6 +37,9 @@ from model import LLaMA, LLaMAConfig
 from tokenizer import Tokenizer
 
 # ---- one process among several -------------------------------------------------------------------
+
+# How long a process waits while another one reports the error of both. torchrun ends it before.
+REPORT_SECONDS = 30
 
 
 def rank() -> int:
@@ -57,7 +62,9 @@ def barrier() -> None:
 def process_group(device: str) -> Iterator[str]:
     """Join the processes that torchrun started, if any; yield the name of this process's device.
 
-    Where another process is lost, the block ends with one line and exit code 1.
+    Where another process is lost, the block ends with one line and exit code 1. Where bad input
+    ends the block, one process alone reports it, though the others have the same error or lose
+    that one.
     """
     if "RANK" not in os.environ:
         yield device
@@ -71,14 +78,23 @@ def process_group(device: str) -> Iterator[str]:
     backend = "gloo"
     if device.startswith("cuda"):
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend)
+    # The store that torchrun keeps for its processes, where the first one to fail leaves a mark
+    store, number, world = next(rendezvous("env://"))
+    dist.init_process_group(backend, store=store, rank=number, world_size=world)
     try:
         yield device
         dist.barrier()  # gloo may abort when one process leaves while another still communicates
+    except (ValueError, OSError):
+        if store.add("failures", 1) > 1:
+            time.sleep(REPORT_SECONDS)
+        raise
     except RuntimeError as error:
         lost = isinstance(error, dist.DistError) or "gloo" in str(error)
         if not lost or processes() == 1:
             raise
+        if store.add("failures", 1) > 1:
+            time.sleep(REPORT_SECONDS)
+            sys.exit(1)
         report_error(
             f"process {rank()} lost another one; start all again, with --resume, to go on from "
             f"the last checkpoint ({first_line(error)})"
@@ -109,6 +125,14 @@ def mean_over_processes(x: Tensor) -> Tensor:
         dist.all_reduce(x)
         x /= dist.get_world_size()
     return x
+
+
+def least_over_processes(x: float) -> float:
+    """The least x of all processes, so that all decide alike."""
+    least = torch.tensor(x, dtype=torch.float64)  # on the CPU, and so reduced by gloo
+    if dist.is_initialized():
+        dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return least.item()
 
 
 # ---- who holds which part ------------------------------------------------------------------------

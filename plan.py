@@ -1,4 +1,4 @@
-"""What a run of train.py takes, said before it starts: steps, tokens, FLOPs, memory.
+"""What a run of train.py takes, said before it starts: steps, tokens, FLOPs, memory, disk.
 
     python train.py --plan --preset llama-7b --scale 16 --world_size 8 --device_memory 80
 
@@ -7,8 +7,10 @@ cost.py has the formulas; this file knows the flags.
 
 import argparse
 import os
+import shutil
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -17,8 +19,37 @@ import cost
 from cli import device_and_dtype, extension, format_bytes
 from hf_config import extend
 from model import LLaMAConfig
-from parallel import choose_dist, processes
+from parallel import choose_dist, least_over_processes, processes, states
 from trainset import Part
+
+MICRO_BATCH_TOKENS = 16384  # tokens at a time on one process, where memory allows
+
+
+class Machine(NamedTuple):
+    """What one process has to run on."""
+
+    device_type: str
+    dtype: torch.dtype
+    free: float  # bytes of memory that are free for it, and equal on all processes
+
+
+def machine_here(device: torch.device, dtype: torch.dtype) -> Machine:
+    """This machine; the processes on it share the memory of its CPU."""
+    free = cost.free_memory(device)
+    if device.type == "cpu":
+        free /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return Machine(device.type, dtype, least_over_processes(free))
+
+
+def planned_machine(args: argparse.Namespace) -> Machine:
+    """What --plan is about: this machine, or with --device_memory a GPU that isn't here."""
+    if args.device_memory is None:
+        return machine_here(*device_and_dtype(args.device, args.dtype))
+    dtype = torch.float32 if args.dtype == "float32" else torch.bfloat16
+    return Machine("cuda", dtype, args.device_memory * 1e9)
+
+
+# ---- memory --------------------------------------------------------------------------------------
 
 
 def micro_batches_of(args: argparse.Namespace, world: int) -> tuple[int, int]:
@@ -35,50 +66,6 @@ def planned_config(args: argparse.Namespace) -> LLaMAConfig:
     return extend(LLaMAConfig.preset(args.preset), args.scale, args.rope)
 
 
-def plan(args: argparse.Namespace, config: LLaMAConfig, world: int, parts: list[Part]) -> str:
-    """The text of --plan. parts: what the global batch of a step is made of."""
-    # the device: this machine's, or a GPU that isn't here
-    device, dtype = device_and_dtype(args.device, args.dtype)
-    device_type = device.type
-    available = cost.device_memory(device)
-    if args.device_memory:
-        device_type = "cuda"
-        available = args.device_memory * 1e9
-        dtype = torch.float32 if args.dtype == "float32" else torch.bfloat16
-    engine, _ = choose_engine(args, config, world, available)
-    micro_batch_size, micro_batches = micro_batches_of(args, world)
-    return cost.report(
-        config, steps=args.max_iters, batch_size=args.batch_size, micro_batch_size=micro_batch_size,
-        micro_batches=micro_batches, flops=args.max_iters * cost.step_flops(config, parts),
-        processes=world, dist=engine, dtype=dtype, device_type=device_type,
-        checkpoint_activations=args.checkpoint_activations, available=available
-    )
-
-
-def memory_line(
-    args: argparse.Namespace, config: LLaMAConfig, device: torch.device, dtype: torch.dtype,
-    engine: str
-) -> str:
-    """What a run is about to take of this process's device."""
-    available = process_memory(device)
-    micro_batch_size, micro_batches = micro_batches_of(args, processes())
-    needed = cost.memory(
-        config, micro_batch_size * config.block_size, processes=processes(), dist=engine,
-        dtype=dtype, device_type=device.type, checkpoint_activations=args.checkpoint_activations,
-        micro_batches=micro_batches
-    )
-    line = f"memory: about {format_bytes(needed['peak'])} of {format_bytes(available)} a process, "
-    return line + cost.verdict(needed["peak"], available)
-
-
-def process_memory(device: torch.device) -> float:
-    """Bytes that a process may use; the processes of one machine share its CPU memory."""
-    available = cost.device_memory(device)
-    if device.type == "cpu":
-        available /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return available
-
-
 def choose_engine(
     args: argparse.Namespace, config: LLaMAConfig, world: int, available: float
 ) -> tuple[str, str]:
@@ -90,15 +77,158 @@ def choose_engine(
     return choose_dist(config, available)
 
 
+def choose_micro_batch(
+    args: argparse.Namespace, config: LLaMAConfig, world: int, machine: Machine
+) -> None:
+    """Set --micro_batch_size and --checkpoint_activations where they are not given.
+
+    Where memory is short, micro batches are made smaller first, which costs no time, and then
+    activations are recomputed. Where nothing fits, what takes least is set.
+    """
+    sizes = [args.micro_batch_size]
+    if args.micro_batch_size is None:
+        sizes = halvings(max(1, MICRO_BATCH_TOKENS // config.block_size))
+    modes = [args.checkpoint_activations]
+    if args.checkpoint_activations is None:
+        modes = cost.ACTIVATIONS
+    for mode in modes:
+        for size in sizes:
+            args.checkpoint_activations = mode
+            args.micro_batch_size = size
+            needed = memory_needed(args, config, world, machine)
+            if cost.verdict(needed, machine.free) == "fits":
+                return
+
+
+def halvings(number: int) -> list[int]:
+    """The number, half of it, and so on down to 1."""
+    numbers = [number]
+    while numbers[-1] > 1:
+        numbers.append(numbers[-1] // 2)
+    return numbers
+
+
+def memory_needed(
+    args: argparse.Namespace, config: LLaMAConfig, world: int, machine: Machine
+) -> float:
+    """Bytes that one process needs at the peak of a step."""
+    engine, _ = choose_engine(args, config, world, machine.free)
+    micro_batch_size, micro_batches = micro_batches_of(args, world)
+    needed = cost.memory(
+        config, micro_batch_size * config.block_size, processes=world, dist=engine,
+        dtype=machine.dtype, device_type=machine.device_type,
+        checkpoint_activations=args.checkpoint_activations, micro_batches=micro_batches
+    )
+    return needed["peak"]
+
+
+# ---- disk ----------------------------------------------------------------------------------------
+
+
+def disk_needed(
+    args: argparse.Namespace, config: LLaMAConfig, out: Path, save_dtype: torch.dtype
+) -> int:
+    """Bytes that the run adds to its folder."""
+    # The last two states are kept while a third is written. Each has 12 bytes a parameter: the
+    # weight and two moments in float32. A resumed run has some of them already.
+    most_states = min(3, 1 + args.max_iters // args.save_every)
+    new_states = max(1, most_states - len(states(out)))
+    # The weights at the end, and those of --save_at
+    copies = 1
+    for step in args.save_at:
+        if not (out / f"step-{step}").exists():
+            copies += 1
+    return (12 * new_states + save_dtype.itemsize * copies) * config.n_params
+
+
+def free_disk(out: Path) -> int:
+    """Bytes that are free where a folder is, or will be."""
+    existing = out.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
+
+
+# ---- before a run --------------------------------------------------------------------------------
+
+
+def check_room(
+    args: argparse.Namespace, config: LLaMAConfig, out: Path, machine: Machine,
+    save_dtype: torch.dtype
+) -> None:
+    """Refuse a run that memory or disk can't hold. Raises ValueError naming the flags that help."""
+    needed = memory_needed(args, config, processes(), machine)
+    if needed > machine.free:
+        raise ValueError(
+            f"a step needs about {format_bytes(needed)} of memory, and {format_bytes(machine.free)}"
+            f" are free: {memory_help(args, machine)}; --force tries all the same"
+        )
+    needed = disk_needed(args, config, out, save_dtype)
+    free = free_disk(out)
+    if needed > free:
+        raise ValueError(
+            f"the run writes about {format_bytes(needed)} to {out}, and {format_bytes(free)} are "
+            "free there: give an --out on another disk, fewer steps in --save_at or --save_dtype "
+            "bfloat16; --force tries all the same"
+        )
+
+
+def memory_help(args: argparse.Namespace, machine: Machine) -> str:
+    """The flags that would lower the memory of a step."""
+    ways = []
+    if args.micro_batch_size > 1:
+        ways.append("--micro_batch_size 1")
+    if args.checkpoint_activations != "full":
+        ways.append("--checkpoint_activations full")
+    if machine.device_type == "cuda":
+        ways.append("torchrun with --dist fsdp on more GPUs")
+    ways.append("a smaller --scale")
+    return "give " + " or ".join(ways)
+
+
+def plan(
+    args: argparse.Namespace, config: LLaMAConfig, world: int, parts: list[Part], machine: Machine
+) -> str:
+    """The text of --plan. parts: what the global batch of a step is made of."""
+    engine, _ = choose_engine(args, config, world, machine.free)
+    micro_batch_size, micro_batches = micro_batches_of(args, world)
+    text = cost.report(
+        config, steps=args.max_iters, batch_size=args.batch_size, micro_batch_size=micro_batch_size,
+        micro_batches=micro_batches, flops=args.max_iters * cost.step_flops(config, parts),
+        processes=world, dist=engine, dtype=machine.dtype, device_type=machine.device_type,
+        checkpoint_activations=args.checkpoint_activations, available=machine.free
+    )
+    # The dtype of the kept weights may be that of --init, whose weights are not opened here
+    disk = disk_needed(args, config, Path(args.out or "out"), torch.float32)
+    return text + f"\ndisk: at most about {format_bytes(disk)}"
+
+
 def announce(
     args: argparse.Namespace, config: LLaMAConfig, out: Path, device: torch.device,
-    dtype: torch.dtype, engine: str, reason: str
+    machine: Machine, save_dtype: torch.dtype, notes: list[str]
 ) -> None:
-    """Say on standard error what is about to run."""
-    print(title(args, config, out, device, dtype, engine), file=sys.stderr)
+    """Say on standard error what is about to run. notes: what to know of its settings."""
+    engine, reason = choose_engine(args, config, processes(), machine.free)
+    lines = [title(args, config, out, device, machine.dtype, engine), *notes]
     if reason:
-        print(f"--dist {engine}: {reason}", file=sys.stderr)
-    print(memory_line(args, config, device, dtype, engine), file=sys.stderr)
+        lines.append(f"--dist {engine}: {reason}")
+    lines.append(memory_line(args, config, machine))
+    disk = disk_needed(args, config, out, save_dtype)
+    lines.append(f"disk: about {format_bytes(disk)} of {format_bytes(free_disk(out))} free")
+    if save_dtype != torch.float32:
+        name = str(save_dtype).removeprefix("torch.")
+        lines.append(f"--save_dtype {args.save_dtype}: weights are written in {name}")
+    print("\n".join(lines), file=sys.stderr)
+
+
+def memory_line(args: argparse.Namespace, config: LLaMAConfig, machine: Machine) -> str:
+    """What a step takes of the memory of this process, and how it is cut to fit."""
+    needed = memory_needed(args, config, processes(), machine)
+    rows, _ = micro_batches_of(args, processes())
+    line = f"memory: about {format_bytes(needed)} of {format_bytes(machine.free)} free a process, "
+    line += cost.verdict(needed, machine.free)
+    line += f" ({rows} x {config.block_size:,} tokens at a time, "
+    return line + f"activations recomputed: {args.checkpoint_activations})"
 
 
 def title(

@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 import batches
 import checkpoint
@@ -42,12 +43,15 @@ from parallel import (
     processes, rank, save_state, save_weights, sharded
 )
 from tokenizer import Tokenizer, train_tokenizer
-from train_flags import check_flags, check_parts, parse
-from trainlog import FLUSH_EVERY, Log, StopSignal, prepare_folder, run_folder
+from train_flags import base_notes, check_flags, check_parts, parse
+from trainlog import Log, StopSignal, prepare_folder, run_folder
 from trainset import Batch, Part, ReportData, TextData, prefetch, process_batch
 
-MICRO_BATCH_TOKENS = 16384  # tokens at a time on one process, where --micro_batch_size is not given
-EVAL_TOKENS = 65536  # tokens of validation at most
+# Where --eval_windows is not given: validation takes at most this part of the training between two
+# looks, and at most so many windows and tokens
+EVAL_SHARE = 0.05
+EVAL_WINDOWS = 64
+EVAL_TOKENS = 65536
 
 # PyTorch warns when one process saves alone, which is what a run on one process does
 warnings.filterwarnings("ignore", module="torch.distributed", message=".*single process.*")
@@ -85,6 +89,16 @@ def recipe(config: LLaMAConfig, scratch: bool) -> Recipe:
     if config.n_params <= 25e9:
         return Recipe(1000, 64, 2e-5, 20, decay="constant", mix="text")
     return Recipe(1000, 64, 1e-5, 20, decay="constant", mix="text")
+
+
+def cpu_recipe(of_gpus: Recipe, config: LLaMAConfig, world: int) -> Recipe:
+    """The recipe for a larger model on a CPU, where that of GPUs would take weeks.
+
+    100 steps of about 4,096 tokens, as a trial that ends within hours for some 100 M parameters.
+    """
+    rows = max(1, 4096 // config.block_size)
+    rows = world * math.ceil(rows / world)
+    return of_gpus._replace(max_iters=100, batch_size=rows)
 
 
 def lr_at(step: int, args: argparse.Namespace) -> float:
@@ -132,8 +146,14 @@ def batch_parts(args: argparse.Namespace, config: LLaMAConfig, step: int = 0) ->
     return [Part(window, long_rows, text), Part(original_window, short_rows, retrieval)]
 
 
-def fill_in_recipe(args: argparse.Namespace, config: LLaMAConfig, world: int) -> None:
-    """Give the flags that are missing their values, and refuse what can't be run."""
+def fill_in_recipe(
+    args: argparse.Namespace, config: LLaMAConfig, world: int, machine: plan.Machine
+) -> list[str]:
+    """Give the flags that are missing their values, and refuse what can't be run.
+
+    Returns notes for the user on what was chosen.
+    """
+    notes = []
     # --plan may combine --preset with --scale: it then plans to extend a model of that shape
     scratch = args.init == "scratch" and args.scale is None
     defaults = recipe(config, scratch)
@@ -142,16 +162,35 @@ def fill_in_recipe(args: argparse.Namespace, config: LLaMAConfig, world: int) ->
         # and half are retrieval, and each half is shared among the processes
         groups = math.ceil(defaults.batch_size / (2 * world))
         defaults = defaults._replace(batch_size=2 * world * groups)
+    elif machine.device_type == "cpu":
+        gpus = f"{defaults.max_iters:,} of {defaults.batch_size}"
+        defaults = cpu_recipe(defaults, config, world)
+        if args.max_iters is None or args.batch_size is None:
+            notes.append(
+                f"on a CPU the default is {defaults.max_iters} steps of {defaults.batch_size} rows,"
+                f" where GPUs take {gpus}: --max_iters and --batch_size change it"
+            )
     for name, value in defaults._asdict().items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    if args.micro_batch_size is None:
-        args.micro_batch_size = max(1, MICRO_BATCH_TOKENS // config.block_size)
-    if args.eval_every is None:
-        args.eval_every = max(1, args.max_iters // 10)
-    args.eval_windows = max(1, min(args.eval_windows, EVAL_TOKENS // config.block_size))
     check_flags(args, config)
     check_parts(args, batch_parts(args, config), world)
+    plan.choose_micro_batch(args, config, world, machine)
+    if args.eval_every is None:
+        args.eval_every = max(1, args.max_iters // 10)
+    if args.eval_windows is None:
+        args.eval_windows = validation_windows(args, config)
+    return notes
+
+
+def validation_windows(args: argparse.Namespace, config: LLaMAConfig) -> int:
+    """The windows of a look at the validation loss, so that nobody waits for it."""
+    window = config.block_size
+    steps = min(args.eval_every, args.max_iters)
+    training = steps * cost.step_flops(config, batch_parts(args, config))
+    reading = window * cost.flops_per_token(config, window, training=False)
+    affordable = int(EVAL_SHARE * training / reading)
+    return max(1, min(affordable, EVAL_WINDOWS, EVAL_TOKENS // window))
 
 
 # ---- the model -----------------------------------------------------------------------------------
@@ -225,10 +264,11 @@ class Run:
     save_dtype: torch.dtype  # of the weights that are kept
 
 
-def accumulate_gradients(run: Run, batch: Batch) -> Tensor:
+def accumulate_gradients(run: Run, batch: Batch, stop: StopSignal) -> Tensor | None:
     """Add up the gradients of this process's micro batches.
 
-    Returns a loss, on the device, whose mean over the processes is the loss of the step.
+    Returns a loss, on the device, whose mean over the processes is the loss of the step; None where
+    a signal came before the last micro batch: all processes then give the step up.
 
     The loss of a step is the sum over all scored tokens of the global batch, divided by their
     number N. DDP and FSDP average gradients over the P processes. So a micro batch must give (its
@@ -239,6 +279,10 @@ def accumulate_gradients(run: Run, batch: Batch) -> Tensor:
     mean_scored = mean_over_processes(scored_here).item()  # N / P
     total = torch.zeros((), device=run.device)
     for i, (ids, targets) in enumerate(batch):
+        if stop.on_any_process():
+            # A state that is saved before the first step must find no gradients
+            run.optimizer.zero_grad(set_to_none=True)
+            return None
         # DDP averages gradients over the processes once, with the last micro batch. FSDP does so
         # with each, because no process could hold the gradients of the whole model in between.
         sync = nullcontext()
@@ -262,13 +306,20 @@ def clear_gradients(run: Run) -> None:
 
 
 @torch.no_grad()
-def validation_loss(run: Run, windows: int) -> float:
-    """The mean loss over held-out windows: the same ones each time, of text or reports alone."""
+def validation_loss(run: Run, windows: int, stop: StopSignal) -> float | None:
+    """The mean loss over held-out windows: the same ones each time, of text or reports alone.
+
+    Returns None where a signal came before the last window.
+    """
     run.model.eval()
     total = torch.zeros((), device=run.device)
     # Each process takes every n-th window. With FSDP all processes must call the model equally
     # often, so in the last round some may repeat a window without counting it.
-    for first in range(0, windows, processes()):
+    rounds = range(0, windows, processes())
+    for first in tqdm(rounds, "validation", leave=False, delay=1, disable=rank() > 0):
+        if stop.on_any_process():
+            run.model.train()
+            return None
         index = first + rank()
         ids, targets = run.source.held_out(min(index, windows - 1))
         with run.autocast:
@@ -288,8 +339,12 @@ def set_up(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -
     torch.manual_seed(args.seed)
     with process_0_first():
         config, tokenizer = read_model_config(args)
-    fill_in_recipe(args, config, processes())
+    machine = plan.machine_here(device, dtype)
+    notes = fill_in_recipe(args, config, processes(), machine)
     out = run_folder(args, config)
+    save_dtype = dtype_to_save(args)
+    if not args.force:
+        plan.check_room(args, config, out, machine, save_dtype)
     with process_0_first():
         if args.summary_field:
             source = ReportData(args, config, tokenizer)
@@ -297,10 +352,8 @@ def set_up(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -
             source = TextData(args, config, tokenizer)
 
     # The model, and the paper's optimizer (§3.1)
-    available = plan.process_memory(device)
-    engine, reason = plan.choose_engine(args, config, processes(), available)
+    engine, _ = plan.choose_engine(args, config, processes(), machine.free)
     model = build_model(args, config, engine, device, dtype)
-    save_dtype = dtype_to_save(args)
     autocast = nullcontext()
     if dtype == torch.bfloat16 and engine != "fsdp":  # FSDP casts the weights itself
         autocast = torch.autocast(device.type, dtype)
@@ -317,10 +370,8 @@ def set_up(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -
             group["weight_decay"] = args.weight_decay  # as other flags, it may be given anew
     if rank() == 0:
         prepare_folder(args, out)
-        plan.announce(args, config, out, device, dtype, engine, reason)
-        if save_dtype != torch.float32:
-            name = str(save_dtype).removeprefix("torch.")
-            print(f"--save_dtype {args.save_dtype}: weights are written in {name}", file=sys.stderr)
+        notes += base_notes(args.init)
+        plan.announce(args, config, out, device, machine, save_dtype, notes)
     return Run(out, config, tokenizer, source, device, model, autocast, optimizer, step, save_dtype)
 
 
@@ -343,14 +394,13 @@ def train(args: argparse.Namespace, run: Run) -> int:
 
     with StopSignal() as stop:
         for batch in prefetch(make_batch, first=run.step, last=args.max_iters):
-            if stop.on_any_process():
-                break
-
             # one step: set the learning rate, add up gradients, update the weights
             lr = lr_at(run.step, args)
             for group in run.optimizer.param_groups:
                 group["lr"] = lr
-            loss = accumulate_gradients(run, batch)
+            loss = accumulate_gradients(run, batch, stop)
+            if loss is None:  # a signal came: what counts is the last whole step
+                break
             if args.grad_clip > 0:
                 nn.utils.clip_grad_norm_(run.model.parameters(), args.grad_clip)
             run.optimizer.step()
@@ -361,14 +411,15 @@ def train(args: argparse.Namespace, run: Run) -> int:
             # every --eval_every steps: the validation loss
             if run.step % args.eval_every == 0 or run.step == args.max_iters:
                 with log.paused():
-                    val_loss = validation_loss(run, args.eval_windows)
-                log.add_validation(val_loss)
+                    val_loss = validation_loss(run, args.eval_windows, stop)
+                if val_loss is not None:
+                    log.add_validation(val_loss)
 
             # every few steps, and before anything is saved: write the losses to the log, which ends
             # the run if one of them is not finite
             save_due = run.step % args.save_every == 0
             keep_due = run.step in args.save_at
-            if save_due or keep_due or run.step % FLUSH_EVERY == 0:
+            if save_due or keep_due or log.flush_due(run.step):
                 log.flush()
 
             # at --save_at: weights to keep; every --save_every steps: a state to resume from, which
@@ -400,7 +451,8 @@ def train(args: argparse.Namespace, run: Run) -> int:
 def save_run(run: Run, args: argparse.Namespace) -> None:
     """Save a state to resume from: weights, optimizer, step and flags."""
     flags = dict(vars(args))
-    del flags["resume"], flags["overwrite"]  # they are about a start, not about the run
+    for name in ("resume", "overwrite", "force"):  # they are about a start, not about the run
+        del flags[name]
     save_state(run.out, run.step, run.model, run.optimizer, flags)
 
 
@@ -409,8 +461,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.plan:
         world = args.world_size or int(os.environ.get("WORLD_SIZE", 1))
         config = plan.planned_config(args)
-        fill_in_recipe(args, config, world)
-        print(plan.plan(args, config, world, batch_parts(args, config)))
+        machine = plan.planned_machine(args)
+        notes = fill_in_recipe(args, config, world, machine)
+        text = plan.plan(args, config, world, batch_parts(args, config), machine)
+        print("\n".join([text, *notes]))
         return
     with process_group(args.device) as device_name:
         device, dtype = device_and_dtype(device_name, args.dtype)

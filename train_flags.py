@@ -1,15 +1,14 @@
 """The flags of train.py, in groups. What is not given is filled in by train.fill_in_recipe."""
 
 import argparse
-import os
-import sys
 from pathlib import Path
 
 from cli import (
     CHECKPOINT_FORMS, DATA_FORMS, Parser, WholeNumbers, add_model_flags, at_least, read_json
 )
+from cost import ACTIVATIONS
 from model import PRESETS, LLaMAConfig
-from parallel import newest_state
+from parallel import newest_state, states, step_of
 from prompts import PAPER_INPUT
 from trainset import Part
 
@@ -88,23 +87,27 @@ def add_run_flags(parser: Parser) -> None:
         help="of the weights that are kept; auto: as --init has them if in 16 bits, else float32")
     add("--eval_every", type=at_least(1),
         help="steps between two looks at the validation loss; default: a tenth of --max_iters")
-    add("--eval_windows", type=at_least(1), default=64,
-        help="windows of a look, 65,536 tokens at most")
+    add("--eval_windows", type=at_least(1),
+        help="windows of a look; default: so many that looks take 5%% of the time, "
+        "64 or 65,536 tokens at most")
 
     add = parser.add_argument_group("devices").add_argument
-    add("--micro_batch_size", type=at_least(1), help="rows at a time; default: some 16,384 tokens")
+    add("--micro_batch_size", type=at_least(1),
+        help="rows at a time; default: some 16,384 tokens, or as many as fit")
     add("--dist", choices=("ddp", "fsdp"),
         help="under torchrun: each process holds all the weights, or a part; "
         "default: ddp where weights, gradients and optimizer fit one device")
-    add("--checkpoint_activations", default="none", choices=("none", "full", "selective"),
-        help="recompute activations in the backward pass: slower, far less memory")
+    add("--checkpoint_activations", choices=ACTIVATIONS,
+        help="recompute activations in the backward pass: slower, far less memory; "
+        "default: none where they fit, else selective, else full")
     add("--compile", action="store_true", help="torch.compile, block by block")
+    add("--force", action="store_true", help="run even if memory or disk seem too small")
 
     add = parser.add_argument_group("planning").add_argument
     add("--plan", action="store_true",
         help="print what the run takes (memory, tokens, FLOPs) and stop")
     add("--world_size", type=at_least(1), help="number of processes; default: torchrun's, or 1")
-    add("--device_memory", type=at_least(0.0), help="GB of a GPU; default: this machine's device")
+    add("--device_memory", type=at_least(0.0), help="GB of a GPU; default: what is free here")
 
 
 def choose_init(parser: Parser, args: argparse.Namespace) -> None:
@@ -121,8 +124,6 @@ def choose_init(parser: Parser, args: argparse.Namespace) -> None:
                 "`python train.py`, or give --init"
             )
         args.init = str(bases[-1])
-        if os.environ.get("RANK", "0") == "0":
-            print(f"--init {args.init}: the newest base that is here", file=sys.stderr)
     if args.init is None:
         args.init = "scratch"
     if args.init == "scratch" and extends:
@@ -137,6 +138,24 @@ def find_bases() -> list[Path]:
     configs = [*Path("out").glob("base/config.json"), *Path("out/demo").glob("*/base/config.json")]
     configs.sort(key=lambda path: path.stat().st_mtime)
     return [path.parent for path in configs]
+
+
+def base_notes(init: str) -> list[str]:
+    """What to know of the folder that --init names: one of several bases, or one unfinished."""
+    notes = []
+    bases = [str(base) for base in find_bases()]
+    if len(bases) > 1 and init == bases[-1]:
+        notes.append(f"--init {init}: the newest of the {len(bases)} bases that are here")
+    found = states(Path(init))
+    if found:
+        step = step_of(found[-1])
+        planned = read_json(found[-1] / "args.json").get("max_iters", step)
+        if step < planned:
+            notes.append(
+                f"--init {init}: its run stopped at step {step:,} of {planned:,}, and it is taken "
+                f"as it is; finish it first by `python train.py --resume --out {init}`"
+            )
+    return notes
 
 
 def check_flags(args: argparse.Namespace, config: LLaMAConfig) -> None:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import torch
@@ -19,9 +20,11 @@ from cli import replacing
 from model import LLaMAConfig
 from parallel import mean_over_processes, processes, rank, states
 
-FLUSH_EVERY = (
-    10  # steps between two looks at the losses, because a look makes the CPU wait for the GPU
-)
+# Steps between two looks at the losses, because a look makes the CPU wait for the GPU
+FLUSH_EVERY = 10
+# The first looks come after so many steps: the first step alone, because it takes longer than the
+# others where kernels are compiled, and then enough steps to tell how long the run will take
+FIRST_FLUSHES = (1, 3)
 
 
 class Log:
@@ -40,6 +43,9 @@ class Log:
         peak_flops: float | None
     ) -> None:
         self.path = out / "log.jsonl"
+        self.first_step = first_step
+        self.max_iters = max_iters
+        self.estimated = False  # whether the time of the run has been said
         self.tokens = tokens
         self.flops = flops
         self.peak_flops = peak_flops
@@ -83,6 +89,10 @@ class Log:
         yield
         self.clock += time.perf_counter() - start
 
+    def flush_due(self, step: int) -> bool:
+        """Whether the losses should be looked at after a step."""
+        return step % FLUSH_EVERY == 0 or step - self.first_step in FIRST_FLUSHES
+
     def flush(self) -> None:
         """Bring the pending steps to the file. Raises ValueError if a loss is not finite."""
         if not self.pending:
@@ -110,12 +120,41 @@ class Log:
         if self.peak_flops:
             text += f", {speed['mfu']:.0%} MFU"
         self.bar.set_postfix_str(text)
+        self._say_how_long(self.pending[-1]["iter"], seconds)
         self.pending = []
         self.losses = []
         self.clock = time.perf_counter()
 
+    def _say_how_long(self, step: int, seconds: float) -> None:
+        """Once, after the first few steps: how long the run will take, if beyond a minute."""
+        if self.estimated or (step - self.first_step < max(FIRST_FLUSHES) and seconds < 20):
+            return
+        self.estimated = True
+        steps = self.max_iters - self.first_step
+        if steps * seconds > 60 and rank() == 0:
+            left = timedelta(seconds=(self.max_iters - step) * seconds)
+            message = f"about {duration(steps * seconds)} for {steps:,} steps, till "
+            self.bar.write(message + clock(datetime.now(), left), sys.stderr)
+
     def close(self) -> None:
         self.bar.close()
+
+
+def duration(seconds: float) -> str:
+    """Format a time in minutes, hours or days."""
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 48 * 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86400:.1f} days"
+
+
+def clock(now: datetime, left: timedelta) -> str:
+    """The time of day when `left` has passed, with the date where that is another day."""
+    end = now + left
+    if end.date() == now.date():
+        return f"{end:%H:%M}"
+    return f"{end:%Y-%m-%d %H:%M}"
 
 
 def run_folder(args: argparse.Namespace, config: LLaMAConfig) -> Path:
@@ -143,7 +182,7 @@ def prepare_folder(args: argparse.Namespace, out: Path) -> None:
 
 
 class StopSignal:
-    """Catches Ctrl-C and SIGTERM, so that a run ends after the step at hand and saves.
+    """Catches Ctrl-C and SIGTERM, so that a run ends after the micro batch at hand and saves.
 
     A signal more than three seconds after the first one interrupts at once. An earlier one may be
     torchrun's, which passes the terminal's signal on to processes that have it already.
@@ -170,7 +209,7 @@ class StopSignal:
             self.number = number
             self.time = time.monotonic()
             if rank() == 0:
-                print("stopping after this step, then saving ...", file=sys.stderr)
+                print("\nstopping after this micro batch, then saving ...", file=sys.stderr)
 
     def on_any_process(self) -> bool:
         """Whether a signal has reached any process; all processes get the same answer."""

@@ -187,6 +187,43 @@ def test_the_verdict():
     assert cost.verdict(60e9, 80e9) == "fits"
 
 
+# ---- the memory that is free ---------------------------------------------------------------------
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_free_memory_is_what_linux_and_the_container_leave(tmp_path):
+    write(tmp_path / "proc/meminfo", "MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable: 5000 kB\n")
+    assert cost.free_cpu_memory(tmp_path) == 5000 * 1024
+
+    # Version 2 of control groups: the process is in /a/b, and the limit is that of /a
+    write(tmp_path / "proc/self/cgroup", "0::/a/b\n")
+    write(tmp_path / "sys/fs/cgroup/a/b/memory.max", "max\n")
+    group = tmp_path / "sys/fs/cgroup/a"
+    write(group / "memory.max", "3000000\n")
+    write(group / "memory.current", "1000000\n")
+    write(group / "memory.stat", "anon 5\ninactive_file 200000\nactive_file 7\n")
+    assert cost.free_cpu_memory(tmp_path) == 3000000 - 1000000 + 200000
+
+    # Version 1, where a container sees its own group as the topmost folder
+    write(tmp_path / "proc/self/cgroup", "5:cpu:/docker/x\n4:memory:/docker/x\n")
+    group = tmp_path / "sys/fs/cgroup/memory"
+    write(group / "memory.limit_in_bytes", "4000000\n")
+    write(group / "memory.usage_in_bytes", "1000000\n")
+    write(group / "memory.stat", "inactive_file 3\ntotal_inactive_file 50000\n")
+    assert cost.free_cpu_memory(tmp_path) == 4000000 - 1000000 + 50000
+    write(group / "memory.limit_in_bytes", "9223372036854771712\n")  # as where there is no limit
+    assert cost.free_cpu_memory(tmp_path) == 5000 * 1024
+
+
+def test_free_memory_of_this_machine():
+    free = cost.free_memory(torch.device("cpu"))
+    assert 0 < free <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 # ---- the plan ------------------------------------------------------------------------------------
 
 

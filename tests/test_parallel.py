@@ -76,6 +76,8 @@ def test_several_processes_equal_one(inits, alone, engine, processes, activation
                   "--checkpoint_activations", activations, processes=processes)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert losses(out) == pytest.approx(losses(alone[tied]), abs=5e-5)
+    # The windows of validation do not depend on the number of processes
+    assert log(out)[-1]["val_loss"] == pytest.approx(log(alone[tied])[-1]["val_loss"], abs=5e-4)
     # AdamW divides a gradient by its own size: rounding of the tiniest ones shows, by a few steps' worth at most
     assert_equal_weights(out, alone[tied], 5e-3)
 
@@ -159,15 +161,17 @@ import torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 import train
 from model import LLaMA, LLaMAConfig
+from trainlog import StopSignal
 
 dist.init_process_group("gloo")
 torch.manual_seed(0)
 model = DistributedDataParallel(LLaMA(LLaMAConfig.preset("tiny")), gradient_as_bucket_view=True)
 optimizer = torch.optim.AdamW(model.parameters())
+stop = StopSignal()
 run = SimpleNamespace(model=model, optimizer=optimizer, device=torch.device("cpu"), autocast=nullcontext())
 ids = torch.randint(1024, (2, 16))
 for step in range(3):
-    train.accumulate_gradients(run, [(ids, ids), (ids, ids)])
+    train.accumulate_gradients(run, [(ids, ids), (ids, ids)], stop)
     largest = max(p.grad.abs().max().item() for p in model.parameters())
     assert largest > 0
     optimizer.step()
@@ -185,11 +189,84 @@ dist.destroy_process_group()
 # ---- what can happen to a run ------------------------------------------------------------------------------------
 
 
-def one_line(done: subprocess.CompletedProcess) -> str:
-    """The one line of error, below the bar and what else the run says."""
-    lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if "error" in line.lower()]
-    assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+def one_line(done: subprocess.CompletedProcess, words: str = "error") -> str:
+    """The one line with these words, below the bar and what else the run says."""
+    lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if words in line.lower()]
+    assert len(lines) == 1 and "Traceback" not in done.stderr.split("elastic")[0], done.stderr
     return lines[0]
+
+
+REPORT = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import cli, parallel
+
+def main():
+    with parallel.process_group("cpu"):
+        if parallel.rank() in FAILING:
+            raise ValueError("the text is too short")
+        parallel.barrier()
+
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize("failing", [[0, 1, 2], [0], [2]])
+def test_one_process_reports_what_several_meet(tmp_path, failing):
+    (tmp_path / "probe.py").write_text(REPORT.replace("FAILING", str(failing)))
+    done = subprocess.run(
+        [*TORCHRUN, "3", "probe.py"], cwd=tmp_path, env=ONE_THREAD, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[0] == "probe.py: error: the text is too short"
+    assert one_line(done, "probe.py: error")
+
+
+@pytest.mark.parametrize(
+    "flags", [["--max_iters", "ten"], ["--init", "nowhere"], ["--batch_size", "7"]]
+)
+def test_bad_input_of_several_processes_is_one_line_and_the_first(inits, flags):
+    start = ["--init", inits[False]]
+    if "--init" in flags:
+        start = []
+    done = script("--device", "cpu", "--data", *TEXT, *start, *flags, processes=3)
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[0] == one_line(done, "train.py: error")
+
+
+def test_a_signal_to_one_process_is_answered_by_all_within_a_micro_batch(inits, alone):
+    """Process 1 gets it in the second of three micro batches of the first step: both leave."""
+    out = Path("one-stopped").resolve()
+    Path("stopped.py").write_text(f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import cli, train
+from model import LLaMA
+
+calls = []
+real = LLaMA.forward
+
+def forward(self, *arguments):
+    calls.append(0)
+    if len(calls) == 2 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return real(self, *arguments)
+
+LLaMA.forward = forward
+try:
+    cli.run(train.main)
+finally:
+    print("calls", len(calls))
+""")
+    flags = [*QUICK, "--init", inits[False], "--max_iters", "4", "--out", str(out)]
+    done = subprocess.run(
+        [*TORCHRUN, "2", "stopped.py", *flags], env=ONE_THREAD, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["calls", "2"] * 2, done.stderr
+    assert [state.name for state in parallel.states(out)] == ["step-0"]
+    again = script("--resume", "--out", str(out), processes=2)
+    assert again.returncode == 0, again.stderr
+    assert losses(out) == pytest.approx(losses(alone[False])[:4], abs=5e-5)
 
 
 def test_a_full_disk_leaves_what_was_saved(inits, alone):

@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import checkpoint
 import batches
+import checkpoint
+import cost
+import plan
 import train
 from conftest import log
 from parallel import states
@@ -85,27 +87,151 @@ def test_activation_checkpointing_changes_nothing(base, mode):
     assert losses(rows) == losses(log(base))
 
 
+def signal_in_forward(monkeypatch, number: int, training: bool, call: int) -> list[bool]:
+    """Send a signal while the model reads; returns a list that gets one item for each such call.
+
+    call: the number of the call, counting those in training or those in validation.
+    """
+    calls = []
+    real = LLaMA.forward
+
+    def forward(self, *arguments):
+        if self.training == training:
+            calls.append(training)
+            if len(calls) == call:
+                os.kill(os.getpid(), number)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(LLaMA, "forward", forward)
+    return calls
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_resumes_bit_for_bit(base, monkeypatch, capsys, number):
     out = Path(f"interrupted-{number.name}")
-    real = train.lr_at
-
-    def signal_at_step_3(step, args):
-        if step == 3:
-            os.kill(os.getpid(), number)
-        return real(step, args)
-
-    monkeypatch.setattr(train, "lr_at", signal_at_step_3)
+    # A step has three micro batches: this is the second one of the fourth step
+    calls = signal_in_forward(monkeypatch, number, training=True, call=11)
     with pytest.raises(SystemExit) as stop:
         run(out, "--max_iters", "8")
     assert stop.value.code == 128 + number
-    assert len(log(out)) == 4  # the step at hand was finished, and saved
+    assert len(calls) == 11  # no micro batch was begun after the signal
+    assert len(log(out)) == 3  # the step at hand was given up
+    assert [state.name for state in states(out)] == ["step-3"]
     assert f"python train.py --resume --out {out}" in capsys.readouterr().err
     monkeypatch.undo()
     train.main(["--resume", "--out", str(out)])
     assert losses(log(out)) == losses(log(base))
     ours, theirs = load_file(out / "model.safetensors"), load_file(base / "model.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_signal_in_validation_ends_it(base, monkeypatch):
+    out = Path("interrupted-validation")
+    calls = signal_in_forward(monkeypatch, signal.SIGTERM, training=False, call=2)
+    with pytest.raises(SystemExit):
+        run(out, "--max_iters", "8", "--eval_every", "4", "--eval_windows", "9")
+    assert len(calls) == 2
+    assert len(log(out)) == 4 and "val_loss" not in log(out)[-1]
+    monkeypatch.undo()
+    train.main(["--resume", "--out", str(out)])
+    assert losses(log(out)) == losses(log(base))
+
+
+def test_validation_takes_5_percent_of_the_training(base, monkeypatch):
+    drawn = []
+    real = train.TextData.held_out
+
+    def held_out(self, index):
+        drawn.append(index)
+        return real(self, index)
+
+    monkeypatch.setattr(train.TextData, "held_out", held_out)
+    # Four steps of 6 windows, each three times the cost of reading it: 72, of which 5% are 3.6
+    first = log_of_validation(run(Path("looks"), "--max_iters", "8", "--eval_every", "4"))
+    assert drawn == [0, 1, 2] * 2 and len(first) == 2
+    drawn.clear()
+    run(Path("one-window"), "--max_iters", "1", "--eval_every", "1")
+    assert drawn == [0]
+    drawn.clear()
+    run(Path("given"), "--max_iters", "1", "--eval_windows", "70")
+    assert drawn == list(range(70))
+
+
+def log_of_validation(rows: list[dict]) -> list[float]:
+    return [row["val_loss"] for row in rows if "val_loss" in row]
+
+
+def bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_run_that_memory_cannot_hold_is_one_line_unless_forced(base, monkeypatch):
+    out = Path("too-large")
+    flags = ["--init", str(base), "--scale", "4", "--max_iters", "1"]
+    monkeypatch.setattr(cost, "free_memory", lambda device: 20e6)
+    words = "needs about .* of memory, and 20.0 MB are free: give .*--checkpoint_activations full"
+    with pytest.raises(ValueError, match=words) as refused:
+        run(out, *flags, "--checkpoint_activations", "none")
+    assert "--micro_batch_size 1" in str(refused.value) and "--force" in str(refused.value)
+    assert not out.exists()
+    run(out, *flags, "--force")
+    assert len(log(out)) == 1
+
+
+def test_a_run_that_the_disk_cannot_hold_is_one_line_unless_forced(base, monkeypatch):
+    out = Path("too-long")
+    flags = ["--max_iters", "6", "--save_every", "2", "--save_at", "1,2"]
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: SimpleNamespace(free=1e6))
+    with pytest.raises(ValueError, match="writes about .* to too-long, and 1.0 MB are free"):
+        run(out, *flags)
+    assert not out.exists()
+    run(out, *flags, "--force")
+    # What is there at the end: two states of three, the weights and those of --save_at
+    args = SimpleNamespace(max_iters=6, save_every=2, save_at=[1, 2])
+    config = checkpoint.read_config(out)
+    elsewhere = plan.disk_needed(args, config, Path("elsewhere"), torch.float32)
+    written = bytes_in(out) + bytes_in(states(out)[-1])
+    assert elsewhere == pytest.approx(written, rel=0.05)
+    # Resumed, it has two states and the weights of --save_at already
+    here = plan.disk_needed(args, config, out, torch.float32)
+    assert here == elsewhere - 2 * 12 * config.n_params - 2 * 4 * config.n_params
+
+
+def test_micro_batches_are_cut_until_they_fit(base):
+    config = checkpoint.read_config(base)
+    args = SimpleNamespace(batch_size=64, dist=None)
+    chosen = []
+    for free in (1e12, 400e6, 60e6, 48e6, 1e6):
+        args.micro_batch_size = None
+        args.checkpoint_activations = None
+        machine = plan.Machine("cpu", torch.float32, free)
+        plan.choose_micro_batch(args, config, 1, machine)
+        chosen.append((args.micro_batch_size, args.checkpoint_activations))
+        needed = plan.memory_needed(args, config, 1, machine)
+        assert needed < 0.9 * free or chosen[-1] == (1, "full")
+    print(chosen)
+    assert chosen[0] == (64, "none") and chosen[-1] == (1, "full")
+    assert 1 <= chosen[1][0] < 64 and chosen[1][1] == "none"
+    args.micro_batch_size = 3
+    args.checkpoint_activations = "selective"  # what is given stays
+    plan.choose_micro_batch(args, config, 1, machine)
+    assert (args.micro_batch_size, args.checkpoint_activations) == (3, "selective")
+
+
+def test_a_real_model_has_a_small_recipe_on_a_cpu_and_the_papers_on_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(cost, "free_memory", lambda device: 24.3e9)
+    shape = ["--plan", "--preset", "smollm2-135m", "--scale", "2"]
+    train.main([*shape, "--device", "cpu"])
+    text = capsys.readouterr().out
+    assert "100 steps of 1 x 16,384" in text and "24.3 GB  fits" in text
+    assert "on a CPU the default is 100 steps of 1 rows, where GPUs take 1,000 of 64" in text
+    train.main([*shape, "--device", "cpu", "--world_size", "3"])
+    assert "100 steps of 3 x 16,384" in capsys.readouterr().out
+    train.main([*shape, "--device_memory", "80"])
+    text = capsys.readouterr().out
+    assert "1,000 steps of 64 x 16,384" in text and "on a CPU" not in text
+    train.main(["--plan", "--device", "cpu"])  # the tiny model's recipe is the same everywhere
+    assert "2,200 steps of 16 x 256" in capsys.readouterr().out
 
 
 def test_a_run_stopped_before_its_first_step_resumes_bit_for_bit(base, monkeypatch):
@@ -310,5 +436,7 @@ def test_the_plan_reads_no_weights(capsys, monkeypatch):
     for words in ("window 2,048 -> 32,768, by rope 'linear' at scale 16", "64 x 32,768: 2,097,152,000 tokens",
                   "each of 8 devices: fsdp, bfloat16, 1 x 32,768", "80.0 GB  fits"):  # fmt: skip
         assert words in text, text
-    train.main(shape)
+    train.main(shape)  # what must be recomputed is chosen where it is not given
+    assert "activations recomputed: selective" in capsys.readouterr().out
+    train.main([*shape, "--checkpoint_activations", "none"])
     assert "does not fit" in capsys.readouterr().out

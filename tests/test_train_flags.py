@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from train_flags import find_bases, parse
+from train_flags import base_notes, find_bases, parse
 
 
 def make_base(folder, age):
@@ -18,7 +18,7 @@ def test_the_newest_base_is_extended(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     make_base(tmp_path / "out/demo/seed-0/base", age=50)
     assert parse("", ["--scale", "2"]).init == "out/demo/seed-0/base"
-    assert "--init out/demo/seed-0/base: the newest base" in capsys.readouterr().err
+    assert base_notes("out/demo/seed-0/base") == []
     make_base(tmp_path / "out/base", age=100)
     make_base(tmp_path / "out/demo/seed-1/base", age=20)
     assert [str(base) for base in find_bases()] == [
@@ -27,6 +27,24 @@ def test_the_newest_base_is_extended(tmp_path, monkeypatch, capsys):
     assert parse("", ["--scale", "2"]).init == "out/demo/seed-1/base"
     assert parse("", ["--rope", "none"]).init == "out/demo/seed-1/base"
     assert parse("", ["--scale", "2", "--init", "out/base"]).init == "out/base"
+    assert base_notes("out/base") == []
+    [note] = base_notes("out/demo/seed-1/base")
+    assert "the newest of the 3 bases" in note
+    # What is bad input must be the first line, so nothing is printed before the run begins
+    assert capsys.readouterr() == ("", "")
+
+
+def test_an_unfinished_base_is_noted(tmp_path):
+    for step, planned in ((55, 2200), (60, 2200)):
+        state = tmp_path / f"trainer/step-{step}"
+        state.mkdir(parents=True)
+        (state / "args.json").write_text(json.dumps({"max_iters": planned}))
+    [note] = base_notes(str(tmp_path))
+    assert "stopped at step 60 of 2,200" in note
+    assert f"`python train.py --resume --out {tmp_path}`" in note
+    (state / "args.json").write_text(json.dumps({"max_iters": 60}))
+    assert base_notes(str(tmp_path)) == []
+    assert base_notes("owner/name") == []
 
 
 def test_without_a_base_one_line_says_how_to_make_one(tmp_path, monkeypatch, capsys):

@@ -4,11 +4,12 @@ import json
 import os
 import signal
 import time
+from datetime import datetime, timedelta
 
 import pytest
 import torch
 
-from trainlog import Log, StopSignal
+from trainlog import Log, StopSignal, clock, duration
 
 
 def open_log(out, first_step=0, peak_flops=None):
@@ -61,6 +62,43 @@ def test_paused_time_is_no_training_time(tmp_path):
     log.add(1, 0.1, torch.tensor(1.0))
     log.flush()
     assert lines(tmp_path)[0]["tokens_per_second"] > 100 / 0.3
+
+
+def test_the_time_of_the_run_is_said_once_after_the_first_steps(tmp_path, capsys):
+    log = Log(tmp_path, first_step=10, max_iters=1010, tokens=1, flops=1e9, peak_flops=None)
+    assert [step for step in range(11, 35) if log.flush_due(step)] == [11, 13, 20, 30]
+    for first, last, seconds in ((11, 11, 19), (12, 13, 14.4), (14, 20, 70)):
+        for step in range(first, last + 1):
+            log.add(step, 0.1, torch.tensor(1.0))
+        log.clock -= seconds
+        log.flush()
+    # The first step took 19 seconds, but the two after it 7.2 each
+    said = [line for line in capsys.readouterr().err.splitlines() if "about" in line]
+    assert len(said) == 1 and "about 2.0 h for 1,000 steps, till " in said[0]
+
+
+def test_a_short_run_says_no_time_and_a_slow_first_step_is_enough(tmp_path, capsys):
+    log = open_log(tmp_path)
+    log.clock -= 6.5  # nine steps take less than a minute
+    log.add(1, 0.1, torch.tensor(1.0))
+    log.flush()
+    log.add(2, 0.1, torch.tensor(1.0))
+    log.add(3, 0.1, torch.tensor(1.0))
+    log.clock -= 13
+    log.flush()
+    assert "about" not in capsys.readouterr().err
+    log = open_log(tmp_path)
+    log.clock -= 60
+    log.add(1, 0.1, torch.tensor(1.0))
+    log.flush()
+    assert "about 9 min for 9 steps, till " in capsys.readouterr().err
+
+
+def test_times_as_people_read_them():
+    assert [duration(s) for s in (89 * 60, 7560, 200000)] == ["89 min", "2.1 h", "2.3 days"]
+    evening = datetime(2026, 2, 28, 22, 30)
+    assert clock(evening, timedelta(minutes=80)) == "23:50"
+    assert clock(evening, timedelta(hours=2)) == "2026-03-01 00:30"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

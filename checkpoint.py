@@ -82,7 +82,7 @@ def read_config(
         message += "params.json (Meta's)"
         below = checkpoints_in(folder, levels=2)
         if below:
-            message += f"; in it are {', '.join(map(str, below[:3]))}"
+            message += f"; in it: {', '.join(map(str, below[:3]))}"
         elif (folder / "trainer").is_dir():
             message += "; a run that was stopped: python train.py --resume --out " + str(folder)
         raise ValueError(message)

@@ -7,12 +7,14 @@ The scale of a checkpoint is written into its config.json, where other tools fin
 """
 
 import argparse
+import io
 import math
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stderr
 from dataclasses import replace
+from functools import cache
 from operator import attrgetter
 from pathlib import Path
 
@@ -24,15 +26,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cli import (
-    CHECKPOINT_FORMS, Parser, add_extension_flags, extension, json_text, read_json, replacing, run
+    CHECKPOINT_FORMS, Parser, add_extension_flags, can_be_written, extension, json_text, read_json,
+    replacing, run
 )
 from hf_config import (
-    extend, format_config, original_window_is_guessed, parse_config, parse_params
+    OUR_KEY, extend, format_config, original_window_is_guessed, parse_config, parse_params
 )
 from model import PRESETS, LLaMA, LLaMAConfig
 from tokenizer import COMPANION_FILES, TOKENIZER_FILES, Tokenizer, has_tokenizer
 from tokenizer import load_tokenizer as read_tokenizer
-from weights import Stored, has_own_head, is_meta, resolve, stored_tensors
+from weights import Stored, checkpoints_in, has_own_head, is_meta, resolve, stored_tensors
 
 INDEX = "model.safetensors.index.json"
 
@@ -75,11 +78,15 @@ def read_config(
         config, note = parse_config(raw, original_window)
         guessed = original_window is None and original_window_is_guessed(raw)
     else:
-        raise ValueError(
-            f"{folder} is no checkpoint: "
-            "it has no config.json (Hugging Face's) or params.json (Meta's)"
-        )
-    if config.tie_embeddings and has_own_head(stored_tensors(folder)):
+        message = f"{folder} is no checkpoint: it has no config.json (Hugging Face's) or "
+        message += "params.json (Meta's)"
+        below = checkpoints_in(folder, levels=2)
+        if below:
+            message += f"; in it: {', '.join(map(str, below[:3]))}"
+        elif (folder / "trainer").is_dir():
+            message += "; a run that was stopped: python train.py --resume --out " + str(folder)
+        raise ValueError(message)
+    if config.tie_embeddings and _has_own_head(folder, _last_change(folder)):
         config = replace(config, tie_embeddings=False)
         notes = [note] if note else []
         note = "; ".join(notes + [OWN_HEAD])
@@ -96,6 +103,17 @@ def read_config(
             f"give --original_window ({note})"
         )
     return extended
+
+
+@cache  # because it reads two large matrices, and a script reads a config several times
+def _has_own_head(folder: Path, last_change: int) -> bool:
+    """weights.has_own_head for a folder. last_change: a folder that changes is read anew."""
+    return has_own_head(stored_tensors(folder))
+
+
+def _last_change(folder: Path) -> int:
+    """When the files of a folder last changed, in nanoseconds."""
+    return max(path.lstat().st_mtime_ns for path in folder.iterdir())
 
 
 def _generation_end(folder: Path) -> dict:
@@ -122,8 +140,8 @@ def load_tokenizer(path: str | Path, config: LLaMAConfig) -> Tokenizer:
     folder = resolve(path)
     tokenizer = read_tokenizer(_tokenizer_folder(folder), config.bos_id, config.first_eos_id)
     for name, ours, theirs in (
-        ("BOS", tokenizer.bos_ids, _as_list(config.bos_id)),
-        ("EOS", tokenizer.eos_ids, _as_list(config.eos_id)),
+        ("BOS", tokenizer.bos_ids, id_list(config.bos_id)),
+        ("EOS", tokenizer.eos_ids, id_list(config.eos_id)),
     ):
         if ours and theirs and ours[0] not in theirs:
             print(
@@ -142,7 +160,7 @@ def load_tokenizer(path: str | Path, config: LLaMAConfig) -> Tokenizer:
     return tokenizer
 
 
-def _as_list(ids: int | tuple[int, ...] | None) -> list[int]:
+def id_list(ids: int | tuple[int, ...] | None) -> list[int]:
     """One token id, several or none, as a list."""
     if ids is None:
         return []
@@ -157,7 +175,7 @@ def end_ids(config: LLaMAConfig, tokenizer: Tokenizer) -> int | tuple[int, ...] 
     These are the end tokens of the config and of the tokenizer. A config that says that a text
     ends at what is BOS by the tokenizer is wrong, as that of LLaMA 1's first folders.
     """
-    ids = _as_list(config.eos_id)
+    ids = id_list(config.eos_id)
     if tokenizer.bos_id in ids and tokenizer.bos_id != tokenizer.eos_id:
         ids.remove(tokenizer.bos_id)
     for token_id in (*tokenizer.eos_ids, *tokenizer.stop_ids):
@@ -430,6 +448,49 @@ def shard_size(text: str) -> str:
     return text
 
 
+def check_destination(dst: str, folder: Path) -> None:
+    """Raise ValueError if DST can't be written, or holds what a copy must not replace.
+
+    folder: that of SRC. What this command wrote earlier is replaced.
+    """
+    path = Path(dst)
+    if path.resolve() == folder.resolve():
+        raise ValueError(f"{dst} is the checkpoint itself: write to another folder")
+    if path.is_file():
+        raise ValueError(f"{dst} is a file: give a folder to write to")
+    if not can_be_written(path / "config.json"):
+        raise ValueError(f"{dst} can't be written: give another folder")
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    content = "files that are no checkpoint"
+    if (path / "log.jsonl").exists() or (path / "trainer").exists():
+        content = "a run of train.py"
+    elif (path / "config.json").is_file():
+        if OUR_KEY in read_json(path / "config.json"):
+            return
+        content = "a checkpoint that was not written here"
+    elif is_meta(path):
+        content = "a checkpoint of Meta's"
+    raise ValueError(f"{dst} holds {content}: give a new folder, or remove it first")
+
+
+def advice(src: str, dst: str, config: LLaMAConfig, stored: LLaMAConfig) -> str:
+    """What a model that was extended but not trained is good for, in one line; "" if it wasn't.
+
+    config: that of DST.  stored: that of SRC.
+    """
+    if config == stored or config.rope not in ("linear", "none"):
+        return ""
+    state = "interpolated"
+    if config.rope == "none":
+        state = "extrapolated"
+    return (
+        f"{dst}: {state} but not fine-tuned, it reads far worse than it could: fine-tune it "
+        f"(python train.py --init {src} --scale {config.scale:g} --rope {config.rope}), or to use "
+        "it as it is, take --rope yarn or ntk"
+    )
+
+
 def main() -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
@@ -441,8 +502,8 @@ def main() -> None:
     add("--max_shard_size", type=shard_size, default="5GB", help="of each file of DST")
     args = parser.parse_args()
     folder = resolve(args.src)
-    if args.dst and Path(args.dst).resolve() == folder.resolve():
-        raise ValueError(f"{args.dst} is the checkpoint itself: write to another folder")
+    if args.dst:
+        check_destination(args.dst, folder)
 
     dtype = None
     if args.dtype != "auto":
@@ -462,12 +523,11 @@ def main() -> None:
 
     if args.dst:
         save(model, args.dst, tokenizer, dtype=dtype, max_shard_size=args.max_shard_size)
-        if model.config.rope == "linear" and args.scale is not None:
-            print(
-                f"{args.dst}: interpolated but not fine-tuned, it reads worse everywhere: train it "
-                f"(train.py --scale {args.scale:g}), or without training take --rope yarn or ntk",
-                file=sys.stderr,
-            )
+        with redirect_stderr(io.StringIO()):  # what had to be assumed is said already
+            stored = read_config(args.src, args.original_window)
+        note = advice(args.src, args.dst, model.config, stored)
+        if note:
+            print(note, file=sys.stderr)
     print(describe(args.dst or args.src, model.config, tokenizer, dtype or stored_dtype(args.src)))
 
 

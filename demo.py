@@ -29,7 +29,7 @@ import eval_ppl
 import passkey
 import plots
 import train
-from evaluation import Curve
+from evaluation import METHOD_NAMES, Curve
 from hf_config import extend
 from model import LLaMA
 from parallel import states
@@ -433,15 +433,18 @@ def mean_and_spread(values: list[float], digits: str) -> str:
 def draw(rows: list[Row], window: int, path: Path) -> None:
     """Draw perplexity over the window, loss over the position and passkeys over the distance."""
     lines = {"base, extrapolated": rows[0], "PI, no fine-tuning": rows[1]}
+    methods = ["extrapolated", "PI" + plots.UNTUNED]
     for name, row in last_rows(rows).items():
         if row.steps > 0:
             lines[f"{name}, {row.steps} steps"] = row
+            methods.append(METHOD_NAMES[row.rope])
 
     # What plots.py takes: results in the form of eval_ppl.py's and passkey.py's
     results = []
-    for label, row in lines.items():
+    for (label, row), method in zip(lines.items(), methods):
         result = {
             "label": label,
+            "method": method,
             "original_window": window,
             "windows": [{"window": int(size), "ppl": ppl} for size, ppl in row.ppl.items()],
             "positions": {"nll": row.positions},
@@ -461,18 +464,20 @@ def draw_steps(rows: list[Row], window: int, long: int, path: Path) -> None:
     ppl_curves = []
     reach_curves = []
     for name in METHODS:
+        method = METHOD_NAMES[METHODS[name]]
         curve = [row for row in rows if row.name == name]
         if name == "direct":
             # Before the first step it is the extrapolated base
             curve.append(rows[0])
         if len(curve) > 1:
-            ppl_curves.append(Curve(name, long, {row.steps: row.ppl[str(long)] for row in curve}))
-            reach_curves.append(Curve(name, long, {row.steps: row.k_max for row in curve}))
+            ppl = {row.steps: row.ppl[str(long)] for row in curve}
+            reach = {row.steps: row.k_max for row in curve}
+            ppl_curves.append(Curve(name, long, ppl, method))
+            reach_curves.append(Curve(name, long, reach, method))
 
-    # Start at the third style, so that a method looks the same here and in `draw`
     figure, (left, right) = plots.new_figure(2, 5.0)
-    plots.draw_perplexity_over_steps(left, ppl_curves, first_style=2)
-    plots.draw_reach_over_steps(right, reach_curves, [{"original_window": window}], first_style=2)
+    plots.draw_perplexity_over_steps(left, ppl_curves)
+    plots.draw_reach_over_steps(right, reach_curves, [{"original_window": window}])
     plots.save_figure(figure, path)
 
 

@@ -28,7 +28,7 @@ import data
 from cli import DATA_FORMS, WholeNumbers, at_least, run, text_table, write_json
 from evaluation import (
     BATCH_TOKENS, batch_tokens, batches_of_equal_length, check_window, choose_outputs,
-    evaluation_parser, one_or_all, open_checkpoint, read_configs
+    evaluation_parser, model_facts, one_or_all, open_checkpoint, read_configs
 )
 from loss import IGNORED
 from model import LLaMA, LLaMAConfig
@@ -333,14 +333,11 @@ def evaluate(args: argparse.Namespace, name: str, windows: list[int]) -> tuple[d
             batch_tokens=batch_tokens(args, window), desc=f"{name}, window {window}"
         )
         rows.append(row)
-    result = {
-        "init": name,
-        "rope": model.config.rope,
-        "scale": model.config.scale,
+    result = model_facts(args, name, model.config)
+    result |= {
         "stride": args.stride,
         "documents": len(documents),
         "windows": rows,
-        "original_window": model.config.original_window,
         "data": corpus.name,
         "split": args.split,
         "min_tokens": args.min_tokens,

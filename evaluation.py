@@ -5,6 +5,7 @@ eval_ppl.py, passkey.py, summarize.py and generate.py build on it.
 
 import argparse
 import io
+import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -20,10 +21,20 @@ from cli import (
     extension, file_name, text_table
 )
 from model import LLaMA, LLaMAConfig
-from plots import label
+from plots import UNTUNED, label
 from tokenizer import Tokenizer
 
 BATCH_TOKENS = 16384  # tokens that go through the model at a time, where --batch_size is not given
+
+# The names of the methods in tables and pictures. plots.LOOKS has the look of each.
+METHOD_NAMES = {
+    "none": "direct fine-tuning",
+    "linear": "PI",
+    "ntk": "NTK",
+    "dynamic": "dynamic NTK",
+    "yarn": "YaRN",
+    "llama3": "Llama 3",
+}
 
 Item = TypeVar("Item")
 
@@ -67,6 +78,35 @@ def read_configs(args: argparse.Namespace) -> list[LLaMAConfig]:
     return configs
 
 
+def method_name(args: argparse.Namespace, name: str, config: LLaMAConfig) -> str:
+    """What was done to the positions of a model, in words: "PI", "extrapolated", ...
+
+    config: the model's, as the flags extend the checkpoint `name`. A model that is extended by the
+    flags and not by its own config.json has had no fine-tuning at that scale, and the name says so.
+    """
+    if config.block_size == config.original_window and config.scale == 1:
+        return "not extended"
+    with redirect_stderr(io.StringIO()):
+        stored = checkpoint.read_config(name, args.original_window)
+    method = METHOD_NAMES[config.rope]
+    if config.rope == "dynamic" or config == stored:  # dynamic NTK is never fine-tuned
+        return method
+    if config.rope == "none":
+        return "extrapolated"
+    return method + UNTUNED
+
+
+def model_facts(args: argparse.Namespace, name: str, config: LLaMAConfig) -> dict:
+    """What the result of an evaluation says of its model: the first entries of the JSON object."""
+    return {
+        "init": name,
+        "method": method_name(args, name, config),
+        "rope": config.rope,
+        "scale": config.scale,
+        "original_window": config.original_window,
+    }
+
+
 def check_window(name: str, config: LLaMAConfig, window: int, flag: str) -> None:
     """Refuse a window beyond what checkpoint and scale allow, and say which flag allows it."""
     if window <= config.block_size:
@@ -106,7 +146,10 @@ def choose_outputs(args: argparse.Namespace, stem: str) -> list[int]:
     """Set --json and --plot where they are not given: STEM.json and STEM.png beside the checkpoint.
 
     Returns the steps N where all of --init are RUN/step-N, else an empty list.
+    Raises ValueError for files that can't be written, or that hold something else than earlier
+    results, which are replaced.
     """
+    key = RESULT_KEYS[stem]
     steps = steps_of(args.init)
     folder = results_folder(args.init[0])
     if len(args.init) > 1:
@@ -124,7 +167,41 @@ def choose_outputs(args: argparse.Namespace, stem: str) -> list[int]:
         if not can_be_written(path):
             raise ValueError(f"{path} can't be written: give --{flag}, a file in a folder that can")
         setattr(args, flag, path)
+    refuse_other_results(args.json, key)
+    if getattr(args, "plot", None) is not None:
+        refuse_other_picture(args.plot)
     return steps
+
+
+# What the results of each script have that the others' have not, by the stem of their file
+RESULT_KEYS = {"ppl": "windows", "passkey": "points", "rouge": "rouge"}
+
+
+def refuse_other_results(path: Path, key: str) -> None:
+    """Raise ValueError if a file exists and is not JSON of results that have the key."""
+    if not path.is_file() or path.stat().st_size == 0:
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    results = found if isinstance(found, list) else [found]
+    if not all(isinstance(result, dict) and key in result for result in results):
+        raise ValueError(
+            f"--json {path} holds something else than earlier results of this script: give another "
+            "name, or remove it"
+        )
+
+
+def refuse_other_picture(path: Path) -> None:
+    """Raise ValueError if a file exists and is not a picture of Matplotlib, which names itself."""
+    if not path.is_file() or path.stat().st_size == 0:
+        return
+    if b"atplotlib" not in path.read_bytes():
+        raise ValueError(
+            f"--plot {path} holds something else than an earlier picture of this script: give "
+            "another name, or remove it"
+        )
 
 
 def one_or_all(results: list[dict]) -> dict | list[dict]:
@@ -143,6 +220,7 @@ class Curve(NamedTuple):
     run: str
     window: int
     values: dict[int, object]  # steps: value
+    method: str = ""  # a key of plots.LOOKS
 
 
 def steps_of(names: list[str]) -> list[int]:
@@ -167,7 +245,8 @@ def curves_over_steps(results: list[dict], values: Callable[[dict], dict]) -> li
     for result in results:
         run = label(result | {"init": str(Path(result["init"]).parent)})
         for window, value in values(result).items():
-            curve = curves.setdefault((run, window), Curve(run, window, {}))
+            new_curve = Curve(run, window, {}, result["method"])
+            curve = curves.setdefault((run, window), new_curve)
             curve.values[result["steps"]] = value
     return list(curves.values())
 

@@ -8,6 +8,7 @@ The text goes to standard output, the speed to standard error.
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +18,8 @@ import torch
 
 from checkpoint import end_ids
 from cli import CHECKPOINT_FORMS, Parser, add_model_flags, at_least, fraction, run
-from evaluation import check_window, open_checkpoint
+from evaluation import check_window, method_name, open_checkpoint
+from plots import UNTUNED
 
 
 def text_pieces(
@@ -50,6 +52,29 @@ def text_pieces(
     yield decode(ids)[len(decode(ids[:known])) :]
 
 
+def read_prompt(given: str) -> str:
+    """The text to continue: --prompt itself, or what the file of that name holds.
+
+    Raises ValueError for a file that is not there or holds no text.
+    """
+    if os.path.isfile(given):  # Path.is_file would fail on a text that is too long for a file name
+        text = Path(given).read_bytes().decode("utf-8", errors="replace")
+        if not text.strip():
+            raise ValueError(f"--prompt {given} is an empty file")
+        if "\0" in text:
+            raise ValueError(f"--prompt {given} is no text file in UTF-8: convert it")
+        return text
+    # What looks like a path is hardly meant as a text to continue
+    one_word = not re.search(r"\s", given)
+    is_path = one_word and "/" in given and "://" not in given
+    if is_path or re.fullmatch(r".+\.(txt|md)", given):
+        raise ValueError(
+            f"--prompt {given}: there is no such file (if this is the text itself, put it into a "
+            "file)"
+        )
+    return given
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add_model_flags(parser)
@@ -66,9 +91,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    text = args.prompt
-    if os.path.isfile(text):  # Path.is_file would fail on a text that is too long for a file name
-        text = Path(text).read_text(encoding="utf-8", errors="replace")
+    text = read_prompt(args.prompt)
 
     # Encode the prompt, which must leave room for the new tokens
     model, tokenizer = open_checkpoint(args, args.init)
@@ -80,6 +103,12 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("--prompt is empty, and the tokenizer has no BOS: give some text")
     window = len(ids) + args.max_new_tokens
     check_window(args.init, model.config, window, "--prompt and --max_new_tokens:")
+    method = method_name(args, args.init, model.config)
+    if method in ("extrapolated", "PI" + UNTUNED):
+        print(
+            f"{args.init}: {method} at scale {model.config.scale:g}: to write well without "
+            "fine-tuning, give --rope yarn or ntk", file=sys.stderr
+        )
 
     # Print each piece of text as soon as it is whole, and note when each token came
     device = model.lm_head.weight.device

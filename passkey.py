@@ -38,7 +38,7 @@ from checkpoint import end_ids
 from cli import WholeNumbers, at_least, run, write_json
 from evaluation import (
     BATCH_TOKENS, batch_tokens, batches_of_equal_length, check_window, choose_outputs,
-    evaluation_parser, one_or_all, open_checkpoint, read_configs
+    evaluation_parser, model_facts, one_or_all, open_checkpoint, read_configs
 )
 from model import LLaMA
 from prompts import PasskeyPrompt, passkey_prompt, random_key
@@ -229,20 +229,18 @@ def evaluate(args: argparse.Namespace, name: str) -> dict:
             run["beyond"] = beyond._asdict()
         runs.append(run)
     last = runs[-1]  # the longest; its numbers stand at the top level too
-    return {
-        "init": name,
-        "rope": config.rope,
-        "scale": config.scale,
+    result = model_facts(args, name, config)
+    result |= {
         "window": last["length"],
         "tries": args.tries,
         "points": last["points"],
         "k_max": last["k_max"],
         "skipped": last["skipped"],
-        "original_window": config.original_window,
         "distances": args.distances,
         "seed": args.seed,
         "lengths": runs,
     }
+    return result
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -8,10 +8,11 @@ Each draw_... function draws into one panel of a figure (`axis`, Matplotlib's Ax
     save_figure(figure, "out/ppl.png")
 
 `results` are the results of eval_ppl.py and passkey.py, as these write them to JSON. `curves` are
-evaluation.Curve tuples: run, window, values ({step: value}). No display is opened, because figures
-are made without pyplot.
+evaluation.Curve tuples: run, window, values ({step: value}), method. A method has the same color in
+every picture (LOOKS). No display is opened, because figures are made without pyplot.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import LogLocator, NullFormatter
@@ -51,6 +53,26 @@ STYLES = (
     LineStyle("#8c6d00", "X", (0, (1, 1))),  # dark yellow
 )
 
+BLACK, BLUE, ORANGE, GREEN, PINK, LIGHT_BLUE, YELLOW = STYLES
+
+# The look of each method in every picture, by its name (evaluation.method_name). "extrapolated" is
+# the model as it was pre-trained, read beyond its window.
+LOOKS = {
+    "not extended": BLACK,
+    "extrapolated": BLACK,
+    "PI": ORANGE,
+    "direct fine-tuning": GREEN,
+    "NTK": PINK,
+    "YaRN": LIGHT_BLUE,
+    "dynamic NTK": YELLOW,
+    "Llama 3": BLUE,
+}
+UNTUNED = ", no fine-tuning"  # stands after a method's name; such a line has open markers
+
+# The color of a cell of the heat map by the share of keys found. Its darkest color leaves the lines
+# of k_max and of the original window visible.
+FOUND = LinearSegmentedColormap.from_list("found", ["#ffffff", "#5b7c99"])
+
 # The look of lines to compare with, which lie behind the lines of the results (zorder 0)
 GUIDE = {"color": "0.55", "linestyle": (0, (2, 2)), "linewidth": 1.2, "zorder": 0}
 
@@ -64,14 +86,46 @@ def style(i: int, **changes) -> dict:
     return look | {"markersize": 6, "linewidth": 1.6} | changes
 
 
+def method_styles(methods: Sequence[str], **changes) -> list[dict]:
+    """The keyword arguments of axis.plot for the lines of one panel, by the method of each line.
+
+    The color is the method's, and so are marker and dashes unless an earlier line has them: then
+    they are some that no method of the panel has. A line without a method has the style of its
+    number. changes: as in `style`.
+    """
+    looks = []
+    for i, method in enumerate(methods):
+        looks.append(LOOKS.get(method.removesuffix(UNTUNED), STYLES[i % len(STYLES)]))
+    spare = itertools.cycle([look for look in STYLES if look not in looks] or STYLES)
+
+    styles = []
+    seen = set()
+    for method, look in zip(methods, looks):
+        untuned = method.endswith(UNTUNED)
+        shape = look
+        if (look, untuned) in seen:
+            shape = next(spare)
+        seen.add((look, untuned))
+        keywords = style(STYLES.index(shape), **changes) | {"color": look.color}
+        if untuned:
+            keywords["markerfacecolor"] = "white"
+            keywords["linewidth"] = 1.0
+        styles.append(keywords)
+    return styles
+
+
+def methods_of(results: Sequence[dict]) -> list[str]:
+    """The method of each result; "" where it names none."""
+    return [result.get("method", "") for result in results]
+
+
 def label(result: dict) -> str:
-    """The name of a checkpoint in a legend: its "label", or path, method and scale."""
+    """The name of a checkpoint in a legend: its "label", or its path with method and scale."""
     if "label" in result:
         return result["label"]
-    method = result["rope"]
-    if result["scale"] != 1:
-        method += f", scale {result['scale']:g}"
-    return f"{result['init']} ({method})"
+    if result["scale"] == 1:
+        return result["init"]
+    return f"{result['init']} ({result['method']}, scale {result['scale']:g})"
 
 
 # ---- figures -------------------------------------------------------------------------------------
@@ -162,10 +216,10 @@ def draw_perplexity(axis: Axes, results: Sequence[dict]) -> None:
     """Draw perplexity over the window, a line for each checkpoint."""
     all_windows = []
     all_values = []
-    for i, result in enumerate(results):
+    for result, look in zip(results, method_styles(methods_of(results))):
         windows = [row["window"] for row in result["windows"]]
         values = [row["ppl"] for row in result["windows"]]
-        axis.plot(windows, values, label=label(result), **style(i))
+        axis.plot(windows, values, label=label(result), **look)
         all_windows += windows
         all_values += values
     mark_original(axis, results)
@@ -180,9 +234,9 @@ def draw_perplexity(axis: Axes, results: Sequence[dict]) -> None:
 
 def draw_positions(axis: Axes, results: Sequence[dict], bins: int = 20) -> None:
     """Draw the loss by position, as means over `bins` bins that grow with the position."""
-    for i, result in enumerate(results):
+    looks = method_styles(methods_of(results), markevery=4, markersize=5, linewidth=1.3)
+    for result, look in zip(results, looks):
         middles, means = bin_means(np.array(result["positions"]["nll"]), bins)
-        look = style(i, markevery=4, markersize=5, linewidth=1.3)
         axis.plot(middles, means, label=label(result), **look)
     mark_original(axis, results)
 
@@ -219,16 +273,16 @@ def draw_passkeys(axis: Axes, results: Sequence[dict], threshold: float) -> None
     k_max stands in the legend and has a ring. There is a horizontal line at the threshold, the
     success rate from which a key counts as seen.
     """
-    for i, result in enumerate(results):
+    for result, look in zip(results, method_styles(methods_of(results), markersize=4.5)):
         k_max = result["k_max"]
         distances = [point["k"] for point in result["points"]]
         found = [point["success"] for point in result["points"]]
         name = f"{label(result)}: k_max {k_max:,}"
-        axis.plot(distances, found, label=name, **style(i, markersize=4.5))
+        axis.plot(distances, found, label=name, **look)
         if k_max in distances:
             height = found[distances.index(k_max)]
             ring = {"markersize": 12, "fillstyle": "none", "clip_on": False}
-            axis.plot([k_max], [height], "o", color=style(i)["color"], **ring)
+            axis.plot([k_max], [height], "o", color=look["color"], **ring)
     mark_original(axis, results)
     axis.axhline(threshold, color="0.55", linewidth=1, zorder=0)
 
@@ -241,7 +295,7 @@ def draw_passkeys(axis: Axes, results: Sequence[dict], threshold: float) -> None
 
 
 def draw_heat_map(axis: Axes, result: dict) -> AxesImage:
-    """Draw the keys that one checkpoint found, light where all were: length across, distance up.
+    """Draw the keys that one checkpoint found, dark where all were: length across, distance up.
 
     Lines across a column show k_max (solid) and the original window (dotted). Distances without a
     prompt are hatched. Returns the image, for a color bar.
@@ -250,15 +304,15 @@ def draw_heat_map(axis: Axes, result: dict) -> AxesImage:
     n = result["distances"]
     half = 0.5 / n  # half the height of a cell; its middle is at i/n of the length
     image = axis.imshow(
-        success_grid(runs, n), cmap="Greys_r", vmin=0, vmax=1, aspect="auto",
+        success_grid(runs, n), cmap=FOUND, vmin=0, vmax=1, aspect="auto",
         interpolation="nearest", origin="lower", extent=(-0.5, len(runs) - 0.5, half, 1 + half)
     )
     # The image is transparent where the grid has no value, so that the hatched background is seen
     axis.patch.set(facecolor="white", hatch="///", edgecolor="0.6")
 
     # The line of k_max is at the upper edge of its cell
-    k_max_line = {"color": "#d55e00", "linewidth": 3, "solid_capstyle": "butt", "clip_on": False}
-    original_line = {"color": "#0072b2", "linewidth": 2, "linestyle": ":"}
+    k_max_line = {"color": ORANGE.color, "linewidth": 3, "solid_capstyle": "butt", "clip_on": False}
+    original_line = {"color": BLACK.color, "linewidth": 2, "linestyle": ":"}
     for column, run in enumerate(runs):
         sides = [column - 0.5, column + 0.5]
         reach = run["k_max"] / run["length"] + half
@@ -293,22 +347,17 @@ def success_grid(runs: Sequence[dict], n: int) -> np.ndarray:
 # ---- over fine-tuning steps (both) ---------------------------------------------------------------
 
 
-def draw_perplexity_over_steps(axis: Axes, curves: Sequence, first_style: int = 0) -> None:
-    """Draw perplexity over fine-tuning steps. first_style: the style of the first run."""
-    draw_curves(axis, curves, "perplexity", first_style)
+def draw_perplexity_over_steps(axis: Axes, curves: Sequence) -> None:
+    """Draw perplexity over fine-tuning steps."""
+    draw_curves(axis, curves, "perplexity")
     set_perplexity_axis(axis, [value for curve in curves for value in curve.values.values()])
     axis.set_title("Perplexity over steps (paper: table 3)")
     put_legend_below(axis)
 
 
-def draw_reach_over_steps(
-    axis: Axes, curves: Sequence, results: Sequence[dict] = (), first_style: int = 0
-) -> None:
-    """Draw k_max over fine-tuning steps, and a line at the original window of the results.
-
-    first_style: the style of the first run.
-    """
-    draw_curves(axis, curves, "k_max", first_style)
+def draw_reach_over_steps(axis: Axes, curves: Sequence, results: Sequence[dict] = ()) -> None:
+    """Draw k_max over fine-tuning steps, and a line at the original window of the results."""
+    draw_curves(axis, curves, "k_max")
     mark_original(axis, results, upright=False)
     longest = max(curve.window for curve in curves)
     axis.set_ylim(-0.02 * longest, 1.05 * longest)
@@ -316,23 +365,26 @@ def draw_reach_over_steps(
     put_legend_below(axis)
 
 
-def draw_curves(axis: Axes, curves: Sequence, measure: str, first_style: int) -> None:
+def draw_curves(axis: Axes, curves: Sequence, measure: str) -> None:
     """Draw a line for each curve. measure: the name of the vertical axis."""
-    # The runs and the windows, each once, in the order of the curves
-    runs = list(dict.fromkeys(curve.run for curve in curves))
+    # The runs with their methods, and the windows, each once, in the order of the curves
+    methods = {curve.run: curve.method for curve in curves}
+    runs = list(methods)
     windows = list(dict.fromkeys(curve.window for curve in curves))
+    run_styles = method_styles(list(methods.values()))
+    colors = [run_style["color"] for run_style in run_styles]
 
     for curve in curves:
-        run_style = style(first_style + runs.index(curve.run))
-        window_style = style(windows.index(curve.window))
+        run = runs.index(curve.run)
         name = curve.run
-        look = run_style
+        look = run_styles[run]
         if len(windows) > 1:
-            # A run has its color and a window its marker and dashes; one run alone needs no color
+            # A run has its color and a window its marker and dashes. Runs of one color have other
+            # markers for the same windows.
             name += f", {curve.window:,} tokens"
-            look = window_style
-            if len(runs) > 1:
-                look = window_style | {"color": run_style["color"]}
+            earlier = colors[:run].count(colors[run])
+            shape = windows.index(curve.window) + earlier * len(windows)
+            look = style(shape) | {"color": colors[run]}
         steps = sorted(curve.values)
         axis.plot(steps, [curve.values[step] for step in steps], label=name, **look)
 
@@ -358,19 +410,23 @@ def draw_bounds(axes: Sequence[Axes], report: dict, b: np.ndarray) -> None:
     paper = report["grid_deviation"]["paper"]
     sharp = report["grid_deviation"]["sharp"]
     s = np.arange(len(b))
-    bound, paper_claim, trivial, right_bound = [look.color for look in STYLES[:4]]
 
-    left.semilogy(s, 2 * b, color=bound, linewidth=0.5, label="extrapolation, eq. (8): 2B(s)")
-    left.axhline(d / 2, color=trivial, label="trivial, attained: d/2")
-    left.axhline(sharp, color=right_bound, label=f"interpolation, attained: {sharp:.3f}")
+    # Extrapolation and interpolation have the colors that they have in all pictures
+    thin = {"color": LOOKS["extrapolated"].color, "linewidth": 0.5}
+    interpolated = LOOKS["PI"].color
+    trivial = {"color": BLUE.color, "linestyle": "-."}
+    left.semilogy(s, 2 * b, label="extrapolation, eq. (8): 2B(s)", **thin)
+    left.axhline(d / 2, label="trivial, attained: d/2", **trivial)
+    left.axhline(sharp, color=interpolated, label=f"interpolation, attained: {sharp:.3f}")
     name = f"interpolation, the paper's (7): {paper:.3f}"
-    left.axhline(paper, color=paper_claim, linestyle="--", label=name)
+    left.axhline(paper, color=interpolated, linestyle="--", label=name)
     left.set(xlabel="distance s (tokens)", ylabel="bound, in units of max|h|")
     left.set_title("Both bounds over distance")
 
-    right.plot(s, b / d, color=bound, linewidth=0.5, label="B(s)/d")
-    right.axhline(1, color=paper_claim, linestyle="--", label="the paper's claim: never below 1")
-    right.axhline(0.25, color=trivial, label="the trivial bound: 1/4, never undercut")
+    claim = {"color": PINK.color, "linestyle": "--"}
+    right.plot(s, b / d, label="B(s)/d", **thin)
+    right.axhline(1, label="the paper's claim: never below 1", **claim)
+    right.axhline(0.25, label="the trivial bound: 1/4, never undercut", **trivial)
     right.set(xlabel="distance s (tokens)", ylabel="B(s)/d", ylim=(0, 4))
     right.set_title("The paper's figure 5, further out")
 

@@ -6,7 +6,7 @@ from cli import text_table
 from evaluation import curves_over_steps, table_over_steps
 from plots import (
     draw_heat_map, draw_passkeys, draw_perplexity, draw_perplexity_over_steps, draw_positions,
-    draw_reach_over_steps, new_figure, save_figure
+    draw_reach_over_steps, label, new_figure, save_figure
 )
 
 # ---- perplexity ----------------------------------------------------------------------------------
@@ -32,11 +32,11 @@ def perplexity_table(results: list[dict], windows: list[int], over_steps: bool) 
     """Perplexity and its standard error, a row for each checkpoint, a column for each window."""
     if over_steps:
         return table_over_steps(curves_over_steps(results, perplexity_cells), "window")
-    header = ["checkpoint", "rope", "scale"]
+    header = ["checkpoint", "method", "scale"]
     rows = []
     for result in results:
         cells = perplexity_cells(result)
-        row = [result["init"], result["rope"], f"{result['scale']:g}"]
+        row = [result["init"], result["method"], f"{result['scale']:g}"]
         row += [cells.get(window, "-") for window in windows]
         rows.append(row)
     return text_table(header + windows, rows)
@@ -74,11 +74,11 @@ def passkey_tables(results: list[dict], over_steps: bool) -> str:
         for one in result["lengths"]:
             successes = [point["success"] for point in one["points"]]
             found = sum(successes) / len(successes)
-            row = [result["init"], result["rope"], f"{result['scale']:g}"]
+            row = [result["init"], result["method"], f"{result['scale']:g}"]
             row += [result["original_window"], one["length"], f"{found:.1%}"]
             row += [beyond_cell(one), one["k_max"]]
             rows.append(row)
-    header = ["checkpoint", "rope", "scale", "original window", "length", "found"]
+    header = ["checkpoint", "method", "scale", "original window", "length", "found"]
     header += ["found beyond the original window", "k_max"]
     table = text_table(header, rows)
     if have_one_length(results):
@@ -103,7 +103,7 @@ def success_table(results: list[dict]) -> str:
     header = ["k"]
     columns = []
     for result in results:
-        header.append(f"{result['init']} ({result['rope']} {result['scale']:g})")
+        header.append(label(result))
         columns.append({point["k"]: f"{point['success']:.0%}" for point in result["points"]})
     rows = []
     for k in sorted({k for column in columns for k in column}):

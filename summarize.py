@@ -36,8 +36,8 @@ from model import LLaMA, LLaMAConfig
 from prompts import PAPER_INPUT, REPORT_PROMPT, report_frame_tokens, report_prompt
 from tokenizer import Tokenizer
 
-# The paper's result (table 6) as a row of our table: checkpoint, rope, scale, documents, scores
-PAPER = ["the paper's figure: LLaMA 7B to 16384, GovReport", "linear", "8", "972"]
+# The paper's result (table 6) as a row of our table: checkpoint, method, scale, documents, scores
+PAPER = ["the paper's figure: LLaMA 7B to 16384, GovReport", "PI", "8", "972"]
 PAPER_ROUGE = {"rouge1": "60.0", "rouge2": "28.0", "rougeL": "29.5"}
 
 
@@ -78,7 +78,7 @@ def write(
     )  # (B, T + n)
 
     # A text ends before its first end token. After that, its row is filled with end tokens.
-    ends = eos_id if isinstance(eos_id, tuple) else (eos_id,)
+    ends = checkpoint.id_list(eos_id)
     texts = []
     for row in ids[:, prompts.size(1) :].tolist():
         tokens = list(takewhile(lambda token: token not in ends, row))
@@ -277,11 +277,11 @@ def input_tokens(name: str, config: LLaMAConfig, args: argparse.Namespace) -> in
 
 def results_table(results: Sequence[dict], kinds: Sequence[str]) -> str:
     """A row for each checkpoint and one for the paper."""
-    header = ["checkpoint", "rope", "scale", "documents"]
+    header = ["checkpoint", "method", "scale", "documents"]
     header += [kind.replace("rouge", "ROUGE-") for kind in kinds]
     rows = []
     for result in results:
-        row = [result["init"], result["rope"], f"{result['scale']:g}", result["documents"]]
+        row = [result["init"], result["method"], f"{result['scale']:g}", result["documents"]]
         for score in result["rouge"].values():
             cell = f"{score['f']:.1f}"
             if score["low"] is not None:
@@ -321,14 +321,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.overwrite:
             path.unlink(missing_ok=True)
         lines = summarize(model, tokenizer, reports, numbers, settings, path, args.batch_size)
-        result = {
-            "init": name,
-            "rope": model.config.rope,
-            "scale": model.config.scale,
-            "original_window": model.config.original_window,
-            "data": corpus,
-            "documents": len(numbers),
-        }
+        result = evaluation.model_facts(args, name, model.config)
+        result |= {"data": corpus, "documents": len(numbers)}
         result |= settings._asdict()
         result["texts"] = str(path)
         result["rouge"] = rouge(lines, kinds, args.seed, f"{name}, ROUGE")

@@ -204,9 +204,18 @@ def _special_id(
     return None
 
 
-def _forbids_bos(files: dict[str, bytes]) -> bool:
-    """Whether tokenizer_config.json says that no BOS is put before a text."""
-    return _companion(files, "tokenizer_config.json").get("add_bos_token") is False
+def _wants_bos(files: dict[str, bytes]) -> bool:
+    """Whether tokenizer_config.json has BOS put before a text, as transformers understands it.
+
+    Where add_bos_token is not said, the tokenizers of LLaMA put BOS and those of other models, such
+    as SmolLM2's GPT2Tokenizer, don't. Where nothing is said, a LLaMA's tokenizer is assumed.
+    """
+    config = _companion(files, "tokenizer_config.json")
+    name = config.get("tokenizer_class") or "LlamaTokenizer"
+    flag = config.get("add_bos_token")
+    if flag is None:
+        return "llama" in name.lower()
+    return flag is not False
 
 
 def _with_config(
@@ -219,6 +228,7 @@ def _with_config(
         "tokenizer_class": tokenizer_class,
         "bos_token": bos,
         "eos_token": eos,
+        "add_bos_token": bos is not None,
         "clean_up_tokenization_spaces": False,
     }
     return files | {"tokenizer_config.json": json.dumps(config, indent=2).encode()}
@@ -276,10 +286,10 @@ def _from_library(
     ids = set(library.get_vocab().values())
     bos_id = _special_id(files, "bos", library.token_to_id, None, bos_id)
     eos_id = _special_id(files, "eos", library.token_to_id, None, eos_id)
-    files = _with_config(files, "PreTrainedTokenizerFast", token(bos_id), token(eos_id))
-    # In transformers, what tokenizer.json itself puts before a text counts before this flag
-    if _forbids_bos(files) and bos_id not in library.encode("").ids:
+    # In transformers, what tokenizer.json itself puts before a text counts before any flag
+    if not _wants_bos(files) and bos_id not in library.encode("").ids:
         bos_id = None
+    files = _with_config(files, "PreTrainedTokenizerFast", token(bos_id), token(eos_id))
     return Tokenizer(
         encode=encode, encode_batch=encode_batch, decode=decode, vocab_size=max(ids) + 1,
         text_vocab_size=max(ids - special) + 1, bos_id=bos_id, eos_id=eos_id, files=files
@@ -344,7 +354,7 @@ def _read_sentencepiece(
     if library.bos_id() >= 0:
         bos = library.id_to_piece(library.bos_id())
         bos_id = _special_id(files, "bos", token_to_id, library.bos_id(), bos_id)
-    if _forbids_bos(files):
+    if _companion(files, "tokenizer_config.json").get("add_bos_token") is False:
         bos = None
         bos_id = None
     eos = None

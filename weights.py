@@ -44,6 +44,8 @@ class Stored(NamedTuple):
     read: Callable[[], Tensor]
 
 
+OUT = Path("out")  # where the scripts write to, if they are told nothing else
+
 # ---- from --init to a folder ---------------------------------------------------------------------
 
 
@@ -57,22 +59,61 @@ def resolve(init: str | Path) -> Path:
     path = Path(init)
     if path.is_dir():
         return path
-    # A path into a folder that is here, as out/base, is meant as one, and no owner on the hub
+    if path.exists():
+        raise ValueError(f"{init} is a file: give the folder that holds the checkpoint")
+    # A path into a folder that is here is meant as one, and no owner on the hub. So is out/NAME,
+    # because the scripts write to out.
     parent = path.parent
-    if parent != Path(".") and parent.is_dir() and not path.exists():
-        names = sorted(str(folder) for folder in parent.iterdir() if folder.is_dir())
-        message = f"{init}: no such folder in {parent}"
-        near = difflib.get_close_matches(str(init), names, cutoff=0.3)
-        if near:
-            message += f"; near it are {', '.join(near)}"
+    if parent == OUT or (parent != Path(".") and parent.is_dir()):
+        message = f"{init}: no such folder{_near(init)}"
+        if path == OUT / "base":
+            message += "; python train.py makes it"
         raise ValueError(message)
     hub_id = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?", str(init))
-    if hub_id is None or path.exists():
+    if hub_id is None:
         raise ValueError(
             f"{init} is neither a folder nor a hub id (owner/name or owner/name@revision)"
+            + _near(init)
         )
     name, revision = hub_id.groups()
     return _download(str(init), name, revision)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder has the config of a checkpoint, Hugging Face's or Meta's."""
+    return (folder / "config.json").is_file() or (folder / "params.json").is_file()
+
+
+def checkpoints_in(folder: Path, levels: int = 1) -> list[Path]:
+    """The checkpoints in a folder and, with more levels, in its subfolders."""
+    if not folder.is_dir():
+        return []
+    found = []
+    for path in sorted(folder.iterdir()):
+        if not path.is_dir():
+            continue
+        if is_checkpoint(path):
+            found.append(path)
+        elif levels > 1:
+            found += checkpoints_in(path, levels - 1)
+    return found
+
+
+def _near(init: str | Path) -> str:
+    """What a message says of the checkpoints here if one is not: those of like names first."""
+    found = checkpoints_in(OUT, levels=3)  # those of demo.py are in out/demo/seed-0
+    if Path(init).parent not in (OUT, Path(".")):
+        found += checkpoints_in(Path(init).parent)
+    names = [str(path) for path in found]
+    # The last part of a path tells most: out/demo/seed-0/base is near out/base
+    last = Path(init).name
+    near = [name for name in names if Path(name).name == last]
+    near += difflib.get_close_matches(str(init), [name for name in names if name not in near])
+    if near:
+        return f"; near it: {', '.join(near[:3])}"
+    if names:
+        return f"; checkpoints here: {', '.join(names[:3])}"
+    return ""
 
 
 @cache  # a script resolves --init several times, and each time must get the same snapshot

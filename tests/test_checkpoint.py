@@ -32,8 +32,8 @@ from checkpoints import (
     write_hugging_face_for_meta,
     write_meta,
 )
-from conftest import assert_refused
-from hf_config import OUR_KEY
+from conftest import assert_refused, random_model
+from hf_config import OUR_KEY, extend
 from model import LLaMAConfig
 from tokenizer import train_tokenizer
 
@@ -793,3 +793,63 @@ def test_a_damaged_source_writes_nothing(source, tmp_path, command):
         assert_refused(ended, "checkpoint.py", words)
         assert not (tmp_path / "out").exists()
         (source / name).write_bytes(right)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("notes.txt", "x", "holds files that are no checkpoint"),
+        ("log.jsonl", "", "holds a run of train.py"),
+        ("config.json", '{"model_type": "llama"}', "holds a checkpoint that was not written here"),
+        ("params.json", "{}", "holds a checkpoint of Meta's"),
+    ],
+)
+def test_a_copy_replaces_nothing_but_an_earlier_copy(name, content, message, tmp_path):
+    (tmp_path / "dst").mkdir()
+    (tmp_path / "dst" / name).write_text(content)
+    with pytest.raises(ValueError) as caught:
+        checkpoint.check_destination(str(tmp_path / "dst"), tmp_path / "src")
+    expected = f"{tmp_path}/dst {message}: give a new folder, or remove it first"
+    assert str(caught.value) == expected
+
+
+def test_a_copy_needs_a_folder_that_can_be_written(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for dst, message in (("file", "is a file"), ("file/dst", "can't be written")):
+        with pytest.raises(ValueError, match=message):
+            checkpoint.check_destination(str(tmp_path / dst), tmp_path / "src")
+    (tmp_path / "earlier").mkdir()
+    ours = {checkpoint.OUR_KEY: {}}
+    (tmp_path / "earlier/config.json").write_text(json.dumps(ours))
+    for dst in ("earlier", "new/dst"):
+        checkpoint.check_destination(str(tmp_path / dst), tmp_path / "src")
+
+
+def test_only_what_the_command_extended_is_called_untuned():
+    base = LLaMAConfig(block_size=64, original_window=64)
+    pi = extend(base, 2)
+    assert checkpoint.advice("base", "dst", base, base) == ""
+    assert checkpoint.advice("pi", "dst", pi, pi) == ""
+    assert checkpoint.advice("base", "dst", extend(base, 2, "yarn"), base) == ""
+    advice = checkpoint.advice("base", "dst", pi, base)
+    assert advice.startswith("dst: interpolated but not fine-tuned")
+    assert "python train.py --init base --scale 2 --rope linear" in advice
+    assert "extrapolated" in checkpoint.advice("base", "dst", extend(base, 2, "none"), base)
+
+
+def test_two_stored_matrices_are_compared_once_and_again_after_a_change(tmp_path, monkeypatch):
+    calls = []
+
+    def compare(tensors: dict) -> bool:
+        calls.append(1)
+        return False
+
+    model = random_model(vocab_size=300, tie_embeddings=True)
+    checkpoint.save(model, tmp_path)
+    monkeypatch.setattr(checkpoint, "has_own_head", compare)
+    for _ in range(3):
+        checkpoint.read_config(tmp_path)
+    assert len(calls) == 1
+    checkpoint.save(model, tmp_path)
+    checkpoint.read_config(tmp_path)
+    assert len(calls) == 2

@@ -365,7 +365,7 @@ def test_several_checkpoints_side_by_side(run, tmp_path):
     assert base["stride"] == pi["stride"] == 32
     assert base["windows"][0]["tokens"] == pi["windows"][0]["tokens"]
     rows = [row for row in table(ended.out) if row[0] in ("base", "pi")]
-    assert [row[:3] for row in rows[:2]] == [["base", "none", "1"], ["pi", "linear", "2"]]
+    assert [row[:3] for row in rows[:2]] == [["base", "not extended", "1"], ["pi", "PI", "2"]]
     assert rows[0][-1] == "-"
     assert run("--init", "base", "pi", "--data", "text", "--batch_size", "1").out == ended.out
     # The difference of the two, paired by document, at the window that both have
@@ -419,9 +419,9 @@ def test_over_steps(run, runs, tmp_path):
 
     rows = table(ended.out)
     assert ["run", "window", "step 0", "step 9", "step 10"] in rows
-    for name, rope in (("PI", "linear"), ("direct", "none")):
+    for name, rope, method in (("PI", "linear", "PI"), ("direct", "none", "direct fine-tuning")):
         for window in (64, 128):
-            row = [f"{runs}/{name} ({rope}, scale 2)", str(window)]
+            row = [f"{runs}/{name} ({method}, scale 2)", str(window)]
             row += [ppl.get((rope, steps, window), "-") for steps in (0, 9, 10)]
             assert row in rows
 
@@ -438,8 +438,8 @@ def test_one_step_of_several_runs_is_a_comparison_like_any(run, runs, tmp_path):
     ended = run("--init", *init, *TEXT, "64", "--stride", "32")
     assert ended.code == 0, ended.error
     rows = [row[:3] for row in table(ended.out)]
-    assert [init[0], "linear", "2"] in rows
-    assert [init[1], "none", "2"] in rows
+    assert [init[0], "PI", "2"] in rows
+    assert [init[1], "direct fine-tuning", "2"] in rows
     for result in json.loads((tmp_path / "p.json").read_text()):
         assert "steps" not in result
 

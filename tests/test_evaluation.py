@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import checkpoint
+import cli
 import evaluation
+import plots
 from conftest import assert_refused, random_model
 from evaluation import Curve
 from model import LLaMAConfig
@@ -98,6 +100,31 @@ def test_a_window_beyond_the_checkpoints_is_refused_with_a_remedy(rope, scale, w
     assert str(caught.value) == expected
 
 
+@pytest.mark.parametrize(
+    "name, flags, method",
+    [
+        ("base", [], "not extended"),
+        ("base", ["--scale", 1], "not extended"),
+        ("base", ["--scale", 2, "--rope", "none"], "extrapolated"),
+        ("base", ["--scale", 2], "PI, no fine-tuning"),
+        ("base", ["--scale", 2, "--rope", "yarn"], "YaRN, no fine-tuning"),
+        ("base", ["--scale", 2, "--rope", "dynamic"], "dynamic NTK"),
+        ("pi", [], "PI"),
+        ("pi", ["--scale", 2], "PI"),
+        ("pi", ["--scale", 4], "PI, no fine-tuning"),
+        ("direct", [], "direct fine-tuning"),
+        ("direct", ["--scale", 4, "--rope", "none"], "extrapolated"),
+    ],
+)
+def test_a_method_is_named_by_what_was_done(folder, name, flags, method):
+    args = parse("--init", folder / name, *flags)
+    [config] = evaluation.read_configs(args)
+    facts = evaluation.model_facts(args, args.init[0], config)
+    assert facts["method"] == method
+    assert method.removesuffix(plots.UNTUNED) in plots.LOOKS
+    assert (facts["rope"], facts["scale"]) == (config.rope, config.scale)
+
+
 def test_a_checkpoint_is_opened_as_the_flags_extend_it(folder, tok):
     args = parse("--init", folder / "base", "--scale", 4, "--dtype", "bfloat16")
     model, tokenizer = evaluation.open_checkpoint(args, args.init[0])
@@ -157,6 +184,39 @@ def test_a_default_place_that_cannot_be_written_is_refused(tmp_path):
     assert str(caught.value) == expected
 
 
+@pytest.mark.parametrize(
+    "flag, name, content, refused",
+    [
+        ("--json", "x.json", '{"windows": []}', False),
+        ("--json", "x.json", '[{"windows": []}, {"windows": []}]', False),
+        ("--json", "x.json", "", False),
+        ("--json", "x.json", '{"points": []}', True),  # of passkey.py
+        ("--json", "config.json", '{"model_type": "llama"}', True),
+        ("--json", "x.json", "notes", True),
+        ("--json", "x.json", "[1, 2]", True),
+        ("--plot", "x.png", "a photograph", True),
+    ],
+)
+def test_what_is_no_earlier_result_is_not_overwritten(tmp_path, flag, name, content, refused):
+    path = tmp_path / name
+    path.write_text(content)
+    args = parse("--init", tmp_path, flag, path)
+    if not refused:
+        evaluation.choose_outputs(args, "ppl")
+        return
+    with pytest.raises(ValueError) as caught:
+        evaluation.choose_outputs(args, "ppl")
+    assert str(caught.value).startswith(f"{flag} {path} holds something else than")
+
+
+@pytest.mark.parametrize("suffix", cli.PICTURES)
+def test_an_earlier_picture_is_replaced(tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    figure, _ = plots.new_figure(1)
+    plots.save_figure(figure, path)
+    evaluation.choose_outputs(parse("--init", tmp_path, "--plot", path), "ppl")
+
+
 def test_one_result_is_written_by_itself():
     assert evaluation.one_or_all([{"a": 1}]) == {"a": 1}
     assert evaluation.one_or_all([{"a": 1}, {"a": 2}]) == [{"a": 1}, {"a": 2}]
@@ -182,25 +242,25 @@ def test_what_is_taken_for_results_over_steps(names, steps):
     assert evaluation.steps_of(names) == steps
 
 
-def result(init: str, rope: str, scale: float, found: dict[int, float]) -> dict:
+def result(init: str, method: str, scale: float, found: dict[int, float]) -> dict:
     steps = int(init.split("-")[1])
-    return {"init": init, "rope": rope, "scale": scale, "steps": steps, "found": found}
+    return {"init": init, "method": method, "scale": scale, "steps": steps, "found": found}
 
 
 RESULTS = [
-    result("PI/step-0", "linear", 2, {64: 9.0, 128: 60.0}),
-    result("PI/step-100", "linear", 2, {64: 6.5, 128: 6.0}),
-    result("PI/step-31", "linear", 2, {64: 7.0}),
-    result("no/step-31", "none", 1, {128: 8.0}),
+    result("PI/step-0", "PI", 2, {64: 9.0, 128: 60.0}),
+    result("PI/step-100", "PI", 2, {64: 6.5, 128: 6.0}),
+    result("PI/step-31", "PI", 2, {64: 7.0}),
+    result("no/step-31", "not extended", 1, {128: 8.0}),
 ]
 
 
 def test_curves_are_one_for_each_run_and_window():
     curves = evaluation.curves_over_steps(RESULTS, lambda result: result["found"])
     assert curves == [
-        Curve("PI (linear, scale 2)", 64, {0: 9.0, 100: 6.5, 31: 7.0}),
-        Curve("PI (linear, scale 2)", 128, {0: 60.0, 100: 6.0}),
-        Curve("no (none)", 128, {31: 8.0}),
+        Curve("PI (PI, scale 2)", 64, {0: 9.0, 100: 6.5, 31: 7.0}, "PI"),
+        Curve("PI (PI, scale 2)", 128, {0: 60.0, 100: 6.0}, "PI"),
+        Curve("no", 128, {31: 8.0}, "not extended"),
     ]
     assert RESULTS[0]["init"] == "PI/step-0"  # the results themselves stay as they are
 
@@ -208,11 +268,11 @@ def test_curves_are_one_for_each_run_and_window():
 def test_the_table_has_a_column_for_each_step_in_the_order_of_numbers():
     curves = evaluation.curves_over_steps(RESULTS, lambda result: result["found"])
     lines = evaluation.table_over_steps(curves, "window").split("\n")
-    assert lines[0] == "run                   window  step 0  step 31  step 100"
+    assert lines[0] == "run               window  step 0  step 31  step 100"
     assert lines[2:] == [
-        "PI (linear, scale 2)      64     9.0      7.0       6.5",
-        "PI (linear, scale 2)     128    60.0        -       6.0",
-        "no (none)                128       -      8.0         -",
+        "PI (PI, scale 2)      64     9.0      7.0       6.5",
+        "PI (PI, scale 2)     128    60.0        -       6.0",
+        "no                   128       -      8.0         -",
     ]
 
 

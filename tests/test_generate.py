@@ -89,6 +89,42 @@ def test_a_prompt_in_a_file(command, tmp_path):
     assert command("--prompt", path)[1] == command("--prompt", PROMPT)[1]
 
 
+@pytest.mark.parametrize(
+    "given, content, message",
+    [
+        ("story.txt", None, "there is no such file"),
+        ("my story.md", None, "there is no such file"),
+        ("prompts/story", None, "there is no such file"),
+        ("empty.txt", b" \n", "is an empty file"),
+        ("model.txt", b"\x00\x01", "is no text file in UTF-8"),
+    ],
+)
+def test_what_looks_like_a_file_and_is_no_prompt(
+    given, content, message, command, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path(given).write_bytes(content)
+    code, out, error = command("--prompt", given)
+    assert (code, out) == (2, "")
+    assert error.startswith(f"generate.py: error: --prompt {given}")
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["either and/or both", "https://example.com/", "the file x.txt\nthe file y.txt", "e.g."]
+)
+def test_other_texts_are_prompts(text):
+    assert generate.read_prompt(text) == text
+
+
+def test_an_untuned_model_is_told_what_serves_better(command):
+    _, _, error = command("--prompt", PROMPT, "--scale", 2)
+    assert "PI, no fine-tuning at scale 2" in error and "--rope yarn" in error
+    _, _, error = command("--prompt", PROMPT, "--scale", 2, "--rope", "yarn")
+    assert error.count("\n") == 1  # the speed
+
+
 def test_sampling_depends_on_the_seed(command):
     def sampled(seed: int) -> str:
         return command("--temperature", 2, "--top_p", 0.9, "--seed", seed)[1]

@@ -386,10 +386,10 @@ def test_over_steps(run, folder, tmp_path, tokenizer, monkeypatch, lengths):
     rows = [re.split("  +", line) for line in ended.out.splitlines()]
     assert ["run", "length", "step 0", "step 9", "step 10"] in rows
     for length in lengths:
-        row = [f"{tmp_path}/PI (linear, scale 2)", str(length)]
+        row = [f"{tmp_path}/PI (PI, scale 2)", str(length)]
         row += [str(best["linear", steps, length]) for steps in (0, 9, 10)]
         assert row in rows
-        row = [f"{tmp_path}/direct (none, scale 2)", str(length)]
+        row = [f"{tmp_path}/direct (direct fine-tuning, scale 2)", str(length)]
         row += ["-", str(best["none", 9, length]), "-"]
         assert row in rows
     assert (tmp_path / "k.png").stat().st_size > 10_000

@@ -23,7 +23,7 @@ def axis():
 
 def result(init: str, original_window: int = 64, **fields) -> dict:
     """A result as the evaluations write it, with the fields that every picture needs."""
-    shared = {"init": init, "rope": "linear", "scale": 2, "original_window": original_window}
+    shared = {"init": init, "method": "PI", "scale": 2, "original_window": original_window}
     return shared | fields
 
 
@@ -68,14 +68,38 @@ def test_styles_repeat_and_can_be_changed():
 @pytest.mark.parametrize(
     "fields, name",
     [
-        ({"rope": "linear", "scale": 8.0}, "out/x (linear, scale 8)"),
-        ({"rope": "yarn", "scale": 2.5}, "out/x (yarn, scale 2.5)"),
-        ({"rope": "none", "scale": 1}, "out/x (none)"),
+        ({"method": "PI", "scale": 8.0}, "out/x (PI, scale 8)"),
+        ({"method": "extrapolated", "scale": 2.5}, "out/x (extrapolated, scale 2.5)"),
+        ({"method": "not extended", "scale": 1}, "out/x"),
         ({"label": "PI, 400 steps"}, "PI, 400 steps"),
     ],
 )
 def test_label_names_path_method_and_scale(fields, name):
     assert plots.label({"init": "out/x"} | fields) == name
+
+
+def test_a_method_has_its_color_in_every_panel():
+    methods = ["extrapolated", "PI", "direct fine-tuning", "NTK", "YaRN", "dynamic NTK", "Llama 3"]
+    alone = {method: plots.method_styles([method])[0] for method in methods}
+    assert len({look["color"] for look in alone.values()}) == len(methods)
+    for look, method in zip(plots.method_styles(methods[::-1]), methods[::-1]):
+        assert look == alone[method]
+
+
+def test_lines_of_one_method_differ_in_marker_and_dashes_and_untuned_ones_are_open():
+    methods = ["PI", "PI, no fine-tuning", "PI", "direct fine-tuning", "PI", "PI, no fine-tuning"]
+    looks = plots.method_styles(methods)
+    assert len({look["color"] for look in looks}) == 2
+    assert [look.get("markerfacecolor") for look in looks] == [
+        None, "white", None, None, None, "white",
+    ]
+    shapes = [(look["marker"], look.get("markerfacecolor")) for look in looks]
+    assert len(set(shapes)) == len(looks)
+    assert looks[1]["marker"] == looks[0]["marker"]
+
+
+def test_lines_without_a_method_have_the_style_of_their_number():
+    assert plots.method_styles(["", ""]) == [plots.style(0), plots.style(1)]
 
 
 # ---- figures -------------------------------------------------------------------------------------
@@ -122,11 +146,11 @@ def test_perplexity_has_a_line_for_each_checkpoint(axis):
     results = [result("a", windows=rows(w64=9, w128=300)), result("b", windows=rows(w64=8, w256=7))]
     plots.draw_perplexity(axis, results)
     lines = lines_by_label(axis)
-    assert points_of(lines["a (linear, scale 2)"]) == [(64, 9), (128, 300)]
-    assert points_of(lines["b (linear, scale 2)"]) == [(64, 8), (256, 7)]
+    assert points_of(lines["a (PI, scale 2)"]) == [(64, 9), (128, 300)]
+    assert points_of(lines["b (PI, scale 2)"]) == [(64, 8), (256, 7)]
     assert names_in_legend(axis) == [
-        "a (linear, scale 2)",
-        "b (linear, scale 2)",
+        "a (PI, scale 2)",
+        "b (PI, scale 2)",
         "original window, 64",
     ]
     assert axis.get_xscale() == "log"
@@ -172,7 +196,7 @@ def test_positions_are_means_over_bins(axis):
     ratios = [after[0] / before[0] for before, after in zip(points, points[1:])]
     assert max(ratios) < 1.5  # no gap
     assert axis.get_xscale() == "log"
-    assert names_in_legend(axis) == ["a (linear, scale 2)", "original window, 64"]
+    assert names_in_legend(axis) == ["a (PI, scale 2)", "original window, 64"]
 
 
 def test_bins_hold_every_position_from_the_sixteenth_once():
@@ -217,8 +241,8 @@ def test_passkeys_have_k_max_in_the_legend_and_ringed(axis):
     assert list(original.get_xdata()) == [64, 64]
     assert list(threshold.get_ydata()) == [0.2, 0.2]
     assert names_in_legend(axis) == [
-        "a (linear, scale 2): k_max 64",
-        "b (linear, scale 2): k_max 0",
+        "a (PI, scale 2): k_max 64",
+        "b (PI, scale 2): k_max 0",
         "original window, 64",
     ]
     assert texts(axis.get_yticklabels()) == ["0%", "20%", "40%", "60%", "80%", "100%"]
@@ -243,10 +267,14 @@ def test_the_heat_map_shows_the_points(axis, heat_map_result):
         [0.1, 0.75, -1],
         [1, -1, -1],
     ]
+    # Keys that were found are ink: the more, the darker
+    shares = np.array([0.0, 0.5, 1.0])
+    light = image.to_rgba(shares)[:, :3].mean(axis=1)
+    assert light[0] == 1 and np.all(np.diff(light) < -0.1)
     assert image.origin == "lower"
     assert (image.norm.vmin, image.norm.vmax) == (0, 1)
     assert texts(axis.get_xticklabels()) == ["128\n64", "250\n188", "1,000\n0"]
-    assert axis.get_title() == "x (linear, scale 2)"
+    assert axis.get_title() == "x (PI, scale 2)"
 
 
 def test_the_heat_map_is_hatched_where_there_is_no_prompt(axis, heat_map_result):
@@ -298,21 +326,25 @@ def test_over_steps_a_run_has_a_color_and_a_window_a_marker(axis):
     assert axis.get_ylabel() == "perplexity"
 
 
-def test_over_steps_one_run_has_a_color_for_each_window(axis):
-    curves = [Curve("PI", window, {0: 9.0, 200: 7.0}) for window in (64, 128)]
+def test_over_steps_runs_of_one_method_have_markers_of_their_own(axis):
+    curves = []
+    for run in ("PI", "PI for longer"):
+        for window in (64, 128):
+            curves.append(Curve(run, window, {0: 9.0, 200: 7.0}, "PI"))
     plots.draw_perplexity_over_steps(axis, curves)
-    short, long = axis.lines
-    assert short.get_color() != long.get_color()
-    assert short.get_marker() != long.get_marker()
+    assert {line.get_color() for line in axis.lines} == {plots.LOOKS["PI"].color}
+    assert len({line.get_marker() for line in axis.lines}) == 4
 
 
 def test_over_steps_one_window_stands_at_the_axis(axis):
-    curves = [Curve(run, 2048, {0: 9.0, 200: 7.0}) for run in ("PI", "direct")]
-    plots.draw_perplexity_over_steps(axis, curves, first_style=2)
+    methods = {"PI": "PI", "direct": "direct fine-tuning"}
+    curves = [Curve(run, 2048, {0: 9.0, 200: 7.0}, methods[run]) for run in methods]
+    plots.draw_perplexity_over_steps(axis, curves)
     assert axis.get_ylabel() == "perplexity at 2,048 tokens"
     assert names_in_legend(axis) == ["PI", "direct"]
-    for line, look in zip(axis.lines, (plots.style(2), plots.style(3))):
-        assert (line.get_color(), line.get_marker()) == (look["color"], look["marker"])
+    for line, method in zip(axis.lines, methods.values()):
+        look = plots.LOOKS[method]
+        assert (line.get_color(), line.get_marker()) == (look.color, look.marker)
 
 
 def test_over_steps_far_apart_the_labels_do_not_overlap(axis):
@@ -351,6 +383,8 @@ def test_bounds_are_in_units_of_h_and_of_d():
     assert heights["interpolation, attained: 0.400"] == 0.4
     assert heights["interpolation, the paper's (7): 0.250"] == 0.25
     assert axes[0].get_yscale() == "log"
+    assert left["extrapolation, eq. (8): 2B(s)"].get_color() == plots.LOOKS["extrapolated"].color
+    assert left["interpolation, exact: 0.500"].get_color() == plots.LOOKS["PI"].color
     for axis in axes:
         assert "trained window: 2" in names_in_legend(axis)
     assert figure.get_suptitle() == "RoPE with head_dim 8, theta 10000"

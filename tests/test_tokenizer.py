@@ -232,12 +232,20 @@ def test_no_bos_where_transformers_puts_none(sentencepiece_folder, llama_json_fo
     transformers = pytest.importorskip("transformers")
     names = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
     names["unk_token"] = "<unk>"
+    no_template = copy(llama_json_folder, tmp_path / "no_template")
+    content = json.loads((no_template / "tokenizer.json").read_text())
+    (no_template / "tokenizer.json").write_text(json.dumps(content | {"post_processor": None}))
     for name, source, flag, expected in (
         ("model", sentencepiece_folder, True, [1]),
         ("model_false", sentencepiece_folder, False, []),
         ("json_false", llama_json_folder, False, [1]),  # the post-processor of tokenizer.json wins
+        ("other", no_template, None, []),
     ):
         config = names | {"add_bos_token": flag}
+        if source == no_template:
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if flag is None:
+            del config["add_bos_token"]  # as in SmolLM2's folder
         folder = copy(source, tmp_path / name, tokenizer_config=config)
         ours = load_tokenizer(folder, bos_id=1)
         theirs = transformers.AutoTokenizer.from_pretrained(folder)

@@ -365,7 +365,7 @@ def test_a_file_is_no_hub_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("owner").mkdir()
     Path("owner/model").write_text("x")
-    with pytest.raises(ValueError, match="neither a folder nor a hub id"):
+    with pytest.raises(ValueError, match="^owner/model is a file: give the folder"):
         resolve("owner/model")
 
 
@@ -539,12 +539,33 @@ def test_hub_ids(tmp_path, monkeypatch):
     assert re.search(r"^method +linear$", shown.stdout, re.M)
 
 
-def test_a_path_into_a_folder_that_is_here_is_no_hub_id(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "init, message",
+    [
+        ("out/linear-8", "no such folder; near it: out/linear-2"),
+        ("out/linear-2/x", "no such folder; near it: out/linear-2"),
+        # The base of the demo has the same last name, and comes first
+        ("out/base", "no such folder; near it: out/demo/seed-0/base; python train.py makes it"),
+        ("runs/pj/", "no such folder; near it: runs/pi"),
+        ("linear-2", "is neither a folder nor a hub id .*; near it: out/linear-2"),
+        ("zzzzzzzz", "is neither a folder .*; checkpoints here: out/demo/seed-0/base, out/linear-2"),
+        ("out/other/notes.txt", "is a file: give the folder that holds the checkpoint"),
+    ],
+)
+def test_a_path_that_is_not_there_is_no_hub_id_and_is_told_its_neighbors(
+    init, message, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    for name in ("out/linear-2", "out/none-2", "out/other"):
+    for name in ("out/linear-2", "out/demo/seed-0/base", "runs/pi"):
         (tmp_path / name).mkdir(parents=True)
-    with pytest.raises(ValueError) as refused:
-        weights.resolve("out/linear-8")
-    assert str(refused.value).startswith("out/linear-8: no such folder in out; near it are out/linear-2")
-    with pytest.raises(ValueError, match="^out/linear-2/x: no such folder in out/linear-2$"):
-        weights.resolve("out/linear-2/x")
+        (tmp_path / name / "config.json").write_text("{}")
+    (tmp_path / "out/other").mkdir()
+    (tmp_path / "out/other/notes.txt").write_text("x")
+    with pytest.raises(ValueError, match=f"^{init}:? {message}$"):
+        weights.resolve(init)
+
+
+def test_out_is_a_folder_even_where_there_is_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="^out/base: no such folder; python train.py makes it$"):
+        weights.resolve("out/base")

@@ -210,13 +210,21 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, layer: int = 0
     ) -> Tensor:
-        """x (B, T, C), cos and sin (T, D/2) -> (B, T, C). With a cache, x follows what is in it."""
+        """x (B, T, C), cos and sin (T, D/2) or (B, T, D/2) -> (B, T, C).
+
+        With a cache, x follows what is in it.
+        """
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
-        q = apply_rope(q, cos, sin)
-        k = apply_rope(k, cos, sin)
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
+
+        # All heads of a token turn by the same angles
+        cos = cos.unsqueeze(-2)  # (T, 1, D/2) or (B, T, 1, D/2)
+        sin = sin.unsqueeze(-2)
+        q = apply_rope(q, cos, sin).transpose(1, 2)  # (B, H, T, D)
+        k = apply_rope(k, cos, sin).transpose(1, 2)  # (B, K, T, D)
+        v = v.transpose(1, 2)  # (B, K, T, D)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, K, S, D)
 
@@ -241,11 +249,14 @@ class Attention(nn.Module):
         come from all tokens.
         """
         B, T, _ = x.shape
-        q = self.q_proj(x[:, -1:]).view(B, 1, -1, self.head_dim).transpose(1, 2)  # (B, H, 1, D)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
-        q = apply_rope(q, cos[-1:], sin[-1:])
-        k, v = cache.append(layer, apply_rope(k, cos, sin), v)  # (B, K, S, D)
+        q = self.q_proj(x[:, -1:]).view(B, 1, -1, self.head_dim)  # (B, 1, H, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
+        cos = cos.unsqueeze(-2)  # (T, 1, D/2)
+        sin = sin.unsqueeze(-2)
+        q = apply_rope(q, cos[-1:], sin[-1:]).transpose(1, 2)  # (B, H, 1, D)
+        k = apply_rope(k, cos, sin).transpose(1, 2)  # (B, K, T, D)
+        k, v = cache.append(layer, k, v.transpose(1, 2))  # (B, K, S, D)
         y = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.gqa)  # (B, H, 1, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, 1, -1))
 
@@ -330,22 +341,27 @@ class LLaMA(nn.Module):
                 nn.init.normal_(weight, std=0.7 / math.sqrt(weight.size(1)))
 
     def forward(
-        self, ids: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
+        self, ids: Tensor, targets: Tensor | None = None, cache: KVCache | None = None,
+        positions: Tensor | None = None
     ) -> Tensor:
         """ids (B, T) -> logits (B, T, V). With targets (B, T), the mean cross-entropy.
 
         A token whose target is -100 is not scored. With a cache, ids follow what is in it.
+        positions (B, T): what RoPE turns each token by; default: 0 ... T - 1, or what follows the
+            cache. Whatever they are, a token attends to itself and to those before it in ids.
         """
-        x = self.hidden(ids, cache)  # (B, T, C)
+        x = self.hidden(ids, cache, positions)  # (B, T, C)
         if targets is None:
             return self.lm_head(x)
         # The summed loss, in chunks, so that the logits of a long window are never held at once
         loss = ChunkedCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
         return loss / (targets != IGNORED).sum().clamp(min=1)
 
-    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden(
+        self, ids: Tensor, cache: KVCache | None = None, positions: Tensor | None = None
+    ) -> Tensor:
         """The normed hidden states (B, T, C) that the head reads."""
-        cos, sin = self.rope_cos_sin(ids, cache)
+        cos, sin = self.rope_cos_sin(ids, cache, positions)
         x = self.embed_tokens(ids)
         for layer, block in enumerate(self.layers):
             x = self.run_block(block, x, cos, sin, cache, layer)
@@ -353,9 +369,12 @@ class LLaMA(nn.Module):
             cache.length += ids.size(1)
         return self.norm(x)
 
-    def rope_cos_sin(self, ids: Tensor, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
-        """cos and sin of the positions of ids, (T, D/2) float32.
+    def rope_cos_sin(
+        self, ids: Tensor, cache: KVCache | None = None, positions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin of the positions of ids, float32: (T, D/2), or (B, T, D/2) of given ones.
 
+        The method "dynamic" goes by the number of tokens, whatever their positions.
         Recomputed in each forward pass and not stored, so that there is no buffer that a
         meta-device init could leave as garbage or `.to(bfloat16)` could round.
         """
@@ -367,7 +386,8 @@ class LLaMA(nn.Module):
             # The cached keys are turned already, so "dynamic" must not change its angles while the
             # cache grows: it takes the final length
             length = cache.max_length
-        positions = torch.arange(start, start + T, device=ids.device)
+        if positions is None:
+            positions = torch.arange(start, start + T, device=ids.device)
         inv_freq, attention_factor = self.config.rope_frequencies(length, ids.device)
         return rope_cos_sin(positions, inv_freq, attention_factor)
 

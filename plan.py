@@ -49,6 +49,7 @@ def plan(args: argparse.Namespace, config: LLaMAConfig, world: int, parts: list[
     micro_batch_size, micro_batches = micro_batches_of(args, world)
     return cost.report(
         config, steps=args.max_iters, batch_size=args.batch_size, micro_batch_size=micro_batch_size,
+        row_tokens=args.row_tokens, longest_row=max(part.length for part in parts),
         micro_batches=micro_batches, flops=args.max_iters * cost.step_flops(config, parts),
         processes=world, dist=engine, dtype=dtype, device_type=device_type,
         checkpoint_activations=args.checkpoint_activations, available=available
@@ -56,15 +57,16 @@ def plan(args: argparse.Namespace, config: LLaMAConfig, world: int, parts: list[
 
 
 def memory_line(
-    args: argparse.Namespace, config: LLaMAConfig, device: torch.device, dtype: torch.dtype,
-    engine: str
+    args: argparse.Namespace, config: LLaMAConfig, parts: list[Part], device: torch.device,
+    dtype: torch.dtype, engine: str
 ) -> str:
     """What a run is about to take of this process's device."""
     available = process_memory(device)
     micro_batch_size, micro_batches = micro_batches_of(args, processes())
+    longest = max(part.length for part in parts)
     needed = cost.memory(
-        config, micro_batch_size * config.block_size, processes=processes(), dist=engine,
-        dtype=dtype, device_type=device.type, checkpoint_activations=args.checkpoint_activations,
+        config, micro_batch_size * longest, processes=processes(), dist=engine, dtype=dtype,
+        device_type=device.type, checkpoint_activations=args.checkpoint_activations,
         micro_batches=micro_batches
     )
     line = f"memory: about {format_bytes(needed['peak'])} of {format_bytes(available)} a process, "
@@ -91,14 +93,14 @@ def choose_engine(
 
 
 def announce(
-    args: argparse.Namespace, config: LLaMAConfig, out: Path, device: torch.device,
-    dtype: torch.dtype, engine: str, reason: str
+    args: argparse.Namespace, config: LLaMAConfig, parts: list[Part], out: Path,
+    device: torch.device, dtype: torch.dtype, engine: str, reason: str
 ) -> None:
     """Say on standard error what is about to run."""
     print(title(args, config, out, device, dtype, engine), file=sys.stderr)
     if reason:
         print(f"--dist {engine}: {reason}", file=sys.stderr)
-    print(memory_line(args, config, device, dtype, engine), file=sys.stderr)
+    print(memory_line(args, config, parts, device, dtype, engine), file=sys.stderr)
 
 
 def title(
@@ -111,7 +113,7 @@ def title(
         line += f"{config.block_size}; "
     else:
         line += f"{config.original_window} -> {config.block_size} by rope {config.rope!r}; "
-    line += f"{args.max_iters} steps of {args.batch_size} x {config.block_size} tokens on "
+    line += f"{args.max_iters} steps of {args.batch_size} x {args.row_tokens} tokens on "
     line += f"{processes()} x {device}"
     if engine != "alone":
         line += f" ({engine})"

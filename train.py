@@ -3,6 +3,7 @@
     python train.py                           # pre-train the tiny base on text, into out/base
     python train.py --scale 8                 # extend the newest base in out/ by PI
     python train.py --scale 8 --rope none     # the paper's baseline: direct fine-tuning
+    python train.py --scale 8 --row_tokens 256                # short rows with skipped positions
     python train.py --resume --out out/linear-8               # go on where a run stopped, exactly
     torchrun --nproc_per_node 8 train.py --init FOLDER --scale 16       # any LLaMA, on eight GPUs
     python train.py --plan --preset llama-7b --scale 16 --world_size 8 --device_memory 80
@@ -59,22 +60,25 @@ class Recipe(NamedTuple):
     """Settings that depend on the model; the command line may change each."""
 
     max_iters: int
-    batch_size: int  # rows of the window's length in a step, over all processes
+    batch_size: int  # rows of text in a step, over all processes
     learning_rate: float  # the peak
     warmup_iters: int
     decay: str  # "constant", or "linear" to 5% of the peak
     mix: str  # what the rows are made of: "text" or "retrieval", see `batch_parts`
 
 
-def recipe(config: LLaMAConfig, scratch: bool) -> Recipe:
-    """The recipe for a base from scratch, for the paper's models, and for smaller ones."""
+def recipe(config: LLaMAConfig, scratch: bool, row_tokens: int | None = None) -> Recipe:
+    """The recipe for a base from scratch, for the paper's models, and for smaller ones.
+
+    row_tokens: tokens of a row of text; None: as many as the window has.
+    """
     if scratch:
         return Recipe(2200, 16, 4e-3, 50, decay="linear", mix="retrieval")
     # So small a model forgets retrieval within tens of fine-tuning steps on text alone. So half of
     # its training tokens are retrieval rows, which have the original length: no passkey in training
     # is farther away than the original window, and what the model finds beyond was not trained.
     if config.n_params <= 20e6:
-        rows = max(2, 8192 // config.block_size)  # 8,192 tokens a step
+        rows = max(2, 8192 // (row_tokens or config.block_size))  # 8,192 tokens a step
         return Recipe(200, rows, 1e-3, 20, decay="linear", mix="retrieval")
     # Smaller models than the paper's are pre-trained, and so fine-tuned, at a higher rate
     if config.n_params <= 1e9:
@@ -106,10 +110,16 @@ def batch_parts(args: argparse.Namespace, config: LLaMAConfig, step: int = 0) ->
     original_window = min(window, config.original_window)
     text = batches.Mix()
 
+    # Rows of text have the window's length, or are shorter. Short rows have skipped positions, so
+    # that the model sees all distances of the window all the same.
+    reach = window
+    if args.no_skip:
+        reach = args.row_tokens
+
     # Text alone, as in the paper. (With --summary_field the rows are reports, and the mix is
     # ignored.)
     if args.mix == "text" or args.summary_field:
-        return [Part(window, args.batch_size, text)]
+        return [Part(args.row_tokens, args.batch_size, text, reach)]
 
     # Pre-training: 40% of the rows have passkeys, 30% have repeated segments, and the rest is text,
     # because on text alone a model this small learns no retrieval in minutes. The last fifth of the
@@ -122,21 +132,28 @@ def batch_parts(args: argparse.Namespace, config: LLaMAConfig, step: int = 0) ->
         retrieval = batches.Mix(passkey=0.4 * share, repeat=0.3 * share)
         return [Part(window, args.batch_size, retrieval)]
 
-    # Extending: half of the tokens are text at the extended window, half are retrieval rows at the
+    # Extending: half of the tokens are text for the extended window, half are retrieval rows at the
     # original one. In pre-training a passkey row often has many keys (dense) or several prompts.
     # Here each has one prompt with one key (dense 0, alone 1). With several keys the model would
     # learn to look back only as far as the last one.
-    long_rows = args.batch_size // 2
-    short_rows = (args.batch_size - long_rows) * (window // original_window)
+    text_rows = args.batch_size // 2
+    retrieval_rows = (args.batch_size - text_rows) * (window // original_window)
+    if args.row_tokens < window:
+        retrieval_rows = (args.batch_size - text_rows) * args.row_tokens // original_window
     retrieval = batches.Mix(passkey=0.8, repeat=0.2, dense=0.0, alone=1.0)
-    return [Part(window, long_rows, text), Part(original_window, short_rows, retrieval)]
+    return [
+        Part(args.row_tokens, text_rows, text, reach),
+        Part(original_window, retrieval_rows, retrieval)
+    ]
 
 
 def fill_in_recipe(args: argparse.Namespace, config: LLaMAConfig, world: int) -> None:
     """Give the flags that are missing their values, and refuse what can't be run."""
     # --plan may combine --preset with --scale: it then plans to extend a model of that shape
     scratch = args.init == "scratch" and args.scale is None
-    defaults = recipe(config, scratch)
+    if args.row_tokens is None:
+        args.row_tokens = config.block_size
+    defaults = recipe(config, scratch, args.row_tokens)
     if defaults.mix == "retrieval":
         # Round the batch up to a multiple of 2 * world: when extending, half of the rows are text
         # and half are retrieval, and each half is shared among the processes
@@ -146,7 +163,8 @@ def fill_in_recipe(args: argparse.Namespace, config: LLaMAConfig, world: int) ->
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     if args.micro_batch_size is None:
-        args.micro_batch_size = max(1, MICRO_BATCH_TOKENS // config.block_size)
+        longest = max(part.length for part in batch_parts(args, config))
+        args.micro_batch_size = max(1, MICRO_BATCH_TOKENS // longest)
     if args.eval_every is None:
         args.eval_every = max(1, args.max_iters // 10)
     args.eval_windows = max(1, min(args.eval_windows, EVAL_TOKENS // config.block_size))
@@ -234,11 +252,11 @@ def accumulate_gradients(run: Run, batch: Batch) -> Tensor:
     number N. DDP and FSDP average gradients over the P processes. So a micro batch must give (its
     sum) / (N / P) = (its mean) * (its scored tokens) / (N / P).
     """
-    scored = [(targets != IGNORED).sum().item() for _, targets in batch]
+    scored = [(rows.targets != IGNORED).sum().item() for rows in batch]
     scored_here = torch.tensor(float(sum(scored)), dtype=torch.float64)
     mean_scored = mean_over_processes(scored_here).item()  # N / P
     total = torch.zeros((), device=run.device)
-    for i, (ids, targets) in enumerate(batch):
+    for i, (ids, targets, positions) in enumerate(batch):
         # DDP averages gradients over the processes once, with the last micro batch. FSDP does so
         # with each, because no process could hold the gradients of the whole model in between.
         sync = nullcontext()
@@ -246,9 +264,11 @@ def accumulate_gradients(run: Run, batch: Batch) -> Tensor:
             sync = run.model.no_sync()
         ids = ids.to(run.device, non_blocking=True)
         targets = targets.to(run.device, non_blocking=True)
+        if positions is not None:
+            positions = positions.to(run.device, non_blocking=True)
         with sync:
             with run.autocast:
-                loss = run.model(ids, targets) * (scored[i] / mean_scored)
+                loss = run.model(ids, targets, positions=positions) * (scored[i] / mean_scored)
             loss.backward()
         total += loss.detach()
     return total
@@ -317,7 +337,7 @@ def set_up(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -
             group["weight_decay"] = args.weight_decay  # as other flags, it may be given anew
     if rank() == 0:
         prepare_folder(args, out)
-        plan.announce(args, config, out, device, dtype, engine, reason)
+        plan.announce(args, config, batch_parts(args, config), out, device, dtype, engine, reason)
         if save_dtype != torch.float32:
             name = str(save_dtype).removeprefix("torch.")
             print(f"--save_dtype {args.save_dtype}: weights are written in {name}", file=sys.stderr)

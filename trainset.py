@@ -16,8 +16,6 @@ from model import LLaMAConfig
 from parallel import processes, rank
 from tokenizer import Tokenizer
 
-Batch = list[tuple[Tensor, Tensor]]  # micro batches of ids and targets, (B, T) each
-
 
 class Part(NamedTuple):
     """One part of a global batch: so many rows of one length, made of one mix."""
@@ -25,6 +23,18 @@ class Part(NamedTuple):
     length: int
     rows: int
     mix: batches.Mix
+    window: int = 0  # more than length: rows of text with skipped positions, all below it
+
+
+class MicroBatch(NamedTuple):
+    """Some rows that are computed at once, (B, T) each."""
+
+    ids: Tensor
+    targets: Tensor
+    positions: Tensor | None = None  # None: 0 ... T - 1
+
+
+Batch = list[MicroBatch]
 
 
 class TextData:
@@ -40,11 +50,18 @@ class TextData:
         for corpus in (self.train, self.val):
             batches.sample_batch(corpus, tokenizer, self.window, 0, [0], seed=0)
 
-    def rows(self, step: int, part: Part, indices: range) -> tuple[Tensor, Tensor]:
-        """Some rows of a step's global batch: ids and targets, (B, T) each."""
-        return batches.sample_batch(
-            self.train, self.tokenizer, part.length, step, indices, seed=self.seed, mix=part.mix
-        )
+    def rows(self, step: int, part: Part, indices: range) -> MicroBatch:
+        """Some rows of a step's global batch."""
+        if part.window > part.length:
+            rows = batches.sample_skipped(
+                self.train, part.length, part.window, step, indices, seed=self.seed
+            )
+        else:
+            rows = batches.sample_batch(
+                self.train, self.tokenizer, part.length, step, indices, seed=self.seed,
+                mix=part.mix
+            )
+        return MicroBatch(*rows)
 
     def held_out(self, index: int) -> tuple[Tensor, Tensor]:
         """A row of validation text."""
@@ -66,8 +83,9 @@ class ReportData:
             self.val = reports[::20]
             self.train = [report for i, report in enumerate(reports) if i % 20]
 
-    def rows(self, step: int, part: Part, indices: range) -> tuple[Tensor, Tensor]:
-        return self._sample(self.train, step, indices, self.args.batch_size, self.args.seed)
+    def rows(self, step: int, part: Part, indices: range) -> MicroBatch:
+        rows = self._sample(self.train, step, indices, self.args.batch_size, self.args.seed)
+        return MicroBatch(*rows)
 
     def held_out(self, index: int) -> tuple[Tensor, Tensor]:
         return self._sample(self.val, index, range(1), 1, 0)
@@ -97,11 +115,14 @@ def process_batch(
         start = first + rank() * share
         size = micro_batch_size * (longest // part.length)
         for i in range(start, start + share, size):
-            ids, targets = source.rows(step, part, range(i, min(i + size, start + share)))
+            indices = range(i, min(i + size, start + share))
+            ids, targets, positions = source.rows(step, part, indices)
             if pin:
                 ids = ids.pin_memory()
                 targets = targets.pin_memory()
-            made.append((ids, targets))
+                if positions is not None:
+                    positions = positions.pin_memory()
+            made.append(MicroBatch(ids, targets, positions))
         first += part.rows
     return made
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import prompts
-from batches import Mix, PasskeyWriter, check_reports, sample_batch, sample_reports
+from batches import (
+    Mix, PasskeyWriter, check_reports, sample_batch, sample_reports, sample_skipped
+)
 from conftest import FORMS, TEXTS, english
-from data import load_corpus
+from data import Corpus, load_corpus
 from loss import ChunkedCrossEntropy
 from model import LLaMA, LLaMAConfig
 from prompts import encode_line, report_prompt
@@ -113,6 +115,79 @@ def test_a_corpus_shorter_than_one_window(corpus, tok):
         sample_batch(corpus, tok, n, 0, [0], seed=0)
     (row,) = whole_rows(corpus, tok, n - 1, 1, Mix())
     assert row == corpus.tokens.tolist()
+
+
+# ---- rows with skipped positions -----------------------------------------------------------------
+
+
+def counted(*documents: int) -> Corpus:
+    """A corpus of documents of so many tokens, in which each token is its own place."""
+    starts = np.cumsum([0, *documents])
+    tokens = np.arange(starts[-1], dtype=np.uint16)
+    return Corpus(tokens, starts, "counted", has_bos=False, has_eos=False)
+
+
+def test_positions_are_two_runs_that_reach_every_distance_of_the_window():
+    length, window = 5, 14
+    rows = range(4000)
+    _, _, positions = sample_skipped(counted(100), length, window, 0, rows, seed=0)
+    steps = positions.diff(dim=1)
+    assert (positions[:, 0] == 0).all() and (steps >= 1).all()
+    assert ((steps > 1).sum(dim=1) <= 1).all()  # two runs, or one where nothing is skipped
+
+    # The last position is each of 4 ... 13 about equally often, wherever the row is cut
+    last = positions[:, -1]
+    shares = last.bincount(minlength=window) / len(rows)
+    assert (shares[: length - 1] == 0).all() and len(shares) == window
+    torch.testing.assert_close(shares[length - 1 :], torch.full((10,), 0.1), atol=0.02, rtol=0)
+    cuts = steps.argmax(dim=1)[last >= length] + 1
+    assert sorted(set(cuts.tolist())) == [1, 2, 3, 4]
+
+    # A token and an earlier one are at every distance that the window has
+    distances = (positions[:, :, None] - positions[:, None, :]).flatten()
+    assert set(distances[distances > 0].tolist()) == set(range(1, window))
+
+
+def test_the_second_chunk_is_text_from_later_in_the_document():
+    long, middle, short = 1000, 60, 20
+    corpus = counted(long, middle, *[short] * 50)
+    length, window = 32, 300
+    ids, targets, positions = sample_skipped(corpus, length, window, 0, range(600), seed=0)
+    assert ids.dtype == targets.dtype == positions.dtype == torch.int64
+    assert torch.equal(targets, ids + 1)  # the next token of the text, at the cut too
+    document = np.searchsorted(corpus.starts, ids.numpy(), side="right") - 1
+    of_target = np.searchsorted(corpus.starts, targets.numpy(), side="right") - 1
+    seen = set()
+    for row in range(len(ids)):
+        text_skip = int(ids[row, -1] - ids[row, 0]) - (length - 1)
+        first = document[row, 0]
+        seen.add(min(first, 2))
+        inside = (document[row] == first).all() and (of_target[row] == first).all()
+        if first == 0 and inside:  # the text of these positions in a row of 300 tokens
+            assert torch.equal(ids[row] - ids[row, 0], positions[row])
+        elif first == 1 and inside:  # skipped within the document
+            assert 0 <= text_skip <= middle - length - 1
+            assert text_skip <= positions[row, -1] - (length - 1)
+        else:  # the document is too short: nothing is left out
+            assert first >= 2 and text_skip == 0
+    assert seen == {0, 1, 2}
+    # Rows begin at the document's first token, and end with its last one as their target
+    whole = sample_skipped(counted(33), length, window, 0, range(5), seed=0)
+    assert (whole[0] == torch.arange(length)).all()
+
+
+def test_skipped_rows_are_a_pure_function_of_seed_step_and_index():
+    corpus = counted(5000, 300, 700)
+    rows = sample_skipped(corpus, 40, 400, 5, range(16), seed=1)
+    parts = [sample_skipped(corpus, 40, 400, 5, part, seed=1) for part in ([0, 1, 2], range(3, 16))]
+    for whole, *cut in zip(rows, *parts):
+        assert torch.equal(torch.cat(cut), whole)
+    for step, seed in ((6, 1), (5, 2)):
+        other = sample_skipped(corpus, 40, 400, step, range(16), seed=seed)
+        assert not (other[0] == rows[0]).all(dim=1).any()
+        assert not torch.equal(other[2], rows[2])
+    with pytest.raises(ValueError, match="counted: its 40 tokens don't fill one window of 40 "):
+        sample_skipped(counted(40), 40, 400, 0, [0], seed=0)
 
 
 # ---- passkeys ------------------------------------------------------------------------------------

@@ -78,6 +78,66 @@ def test_greedy_generation_equals_transformers(method):
     assert torch.equal(ours.generate(ids, 40), expected)
 
 
+# Given positions
+
+SKIPPED = torch.tensor([[0, 1, 2, 3, 40, 41, 42, 43, 44, 45], [0, 1, 2, 3, 4, 5, 6, 7, 95, 96]])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", ["mha", "gqa"])
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "dynamic"])
+def test_logits_at_given_positions_equal_transformers(method, shape):
+    theirs, ours = transformers_and_ours(**METHODS[method], **SHAPES[shape])
+    ids = random_ids(*SKIPPED.shape)
+    # Without a mask of ones, transformers takes a gap for the beginning of another sequence
+    ones = torch.ones_like(ids)
+    expected = theirs(ids, position_ids=SKIPPED, attention_mask=ones).logits
+    logits = ours(ids, positions=SKIPPED)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+    assert (logits[:, 8:] - ours(ids)[:, 8:]).abs().max() > 0.02
+    plain = torch.arange(10).expand(2, 10)
+    assert torch.equal(ours(ids, positions=plain), ours(ids))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", ["mha", "gqa"])
+def test_logits_at_given_positions_equal_a_full_pass_with_the_rest_masked(monkeypatch, shape):
+    model = make(**METHODS["linear"], **SHAPES[shape])
+    full = random_ids(2, 97)
+    ids = full.gather(1, SKIPPED)
+    logits = model(ids, positions=SKIPPED)
+
+    kept = torch.zeros(2, 97, dtype=torch.bool).scatter(1, SKIPPED, True)
+
+    def masked(q, k, v, **options):
+        """Attention by its definition, to earlier tokens that are in the row."""
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+        scores = q @ k.transpose(-1, -2) / math.sqrt(q.size(-1))
+        visible = torch.ones(97, 97, dtype=torch.bool).tril() & kept[:, None, None, :]
+        return scores.masked_fill(~visible, -1e9).softmax(-1) @ v
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", masked)
+    rows = torch.arange(2)[:, None]
+    torch.testing.assert_close(logits, model(full)[rows, SKIPPED], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["full", "selective", "compiled"])
+def test_gradients_at_given_positions_however_blocks_are_run(mode):
+    model, ids = make(**METHODS["yarn"]), random_ids(*SKIPPED.shape)
+    gradients = []
+    for changed in (False, True):
+        if changed and mode == "compiled":
+            for block in model.layers:
+                block.compile(backend="eager")
+        elif changed:
+            model.checkpoint_activations = mode
+        model.zero_grad()
+        model(ids, ids, positions=SKIPPED).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    torch._dynamo.reset()
+
+
 # The KV cache
 
 PIECES = [

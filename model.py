@@ -193,6 +193,20 @@ class RMSNorm(nn.Module):
         return y
 
 
+def shares_key_heads(q: Tensor, mask: Tensor | None) -> bool:
+    """Whether a fast kernel lets several query heads share a key head on q's device.
+
+    On CUDA that is flash attention alone. It takes 16 bits, from compute capability 8 (A100) on,
+    and no mask. Otherwise PyTorch would fall back to the plain kernel, which holds all T x S
+    scores.
+    """
+    if q.device.type != "cuda":
+        return True
+    if mask is not None or q.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return torch.cuda.get_device_properties(q.device).major >= 8
+
+
 class Attention(nn.Module):
     """Causal attention. With n_kv_head < n_head, H / K query heads share a key head (GQA)."""
 
@@ -201,7 +215,7 @@ class Attention(nn.Module):
         C = config.n_embd
         D = config.head_dim
         self.head_dim = D
-        self.gqa = config.n_kv_head < config.n_head
+        self.group = config.n_head // config.n_kv_head  # query heads that share a key head
         self.q_proj = nn.Linear(C, config.n_head * D, bias=False)
         self.k_proj = nn.Linear(C, config.n_kv_head * D, bias=False)
         self.v_proj = nn.Linear(C, config.n_kv_head * D, bias=False)
@@ -237,9 +251,7 @@ class Attention(nn.Module):
         if 1 < T < S:
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
         causal = T > 1 and mask is None  # in this order it is a plain bool under torch.compile too
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.gqa
-        )  # (B, H, T, D)
+        y = self.attend(q, k, v, mask, causal)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
     def last_token(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, layer: int) -> Tensor:
@@ -257,8 +269,21 @@ class Attention(nn.Module):
         q = apply_rope(q, cos[-1:], sin[-1:]).transpose(1, 2)  # (B, H, 1, D)
         k = apply_rope(k, cos, sin).transpose(1, 2)  # (B, K, T, D)
         k, v = cache.append(layer, k, v.transpose(1, 2))  # (B, K, S, D)
-        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.gqa)  # (B, H, 1, D)
+        y = self.attend(q, k, v)  # (B, H, 1, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, 1, -1))
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
+    ) -> Tensor:
+        """softmax(q k / sqrt(D)) v: q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D)."""
+        gqa = self.group > 1
+        if gqa and not shares_key_heads(q, mask):
+            k = k.repeat_interleave(self.group, dim=1)  # (B, H, S, D)
+            v = v.repeat_interleave(self.group, dim=1)  # (B, H, S, D)
+            gqa = False
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=gqa
+        )
 
 
 class MLP(nn.Module):

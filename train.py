@@ -111,9 +111,12 @@ def batch_parts(args: argparse.Namespace, config: LLaMAConfig, step: int = 0) ->
     text = batches.Mix()
 
     # Rows of text have the window's length, or are shorter. Short rows have skipped positions, so
-    # that the model sees all distances of the window all the same.
-    reach = window
-    if args.no_skip:
+    # that the model sees all distances of the window all the same. Positions lie below `reach`; if
+    # it is 0, they are 0, 1, 2, ..., and the text is cut anywhere, between documents too.
+    reach = 0
+    if args.row_tokens < window and not args.no_skip:
+        reach = window
+    elif args.min_tokens:
         reach = args.row_tokens
 
     # Text alone, as in the paper. (With --summary_field the rows are reports, and the mix is

@@ -57,6 +57,9 @@ def add_training_flags(parser: Parser) -> None:
     add("--data", nargs="+", help=f"{DATA_FORMS}; default: Python's standard library")
     add("--mix", choices=("text", "retrieval"),
         help="text alone, as in the paper, or text and passkeys" + BY_SIZE)
+    add("--min_tokens", type=at_least(1),
+        help="train on documents of at least so many tokens, with BOS and EOS, and let each row of "
+        "text be of one document if it is long enough")
     add("--row_tokens", type=at_least(2),
         help="tokens of a row of text, at most the window's; shorter rows have skipped positions "
         "that reach through the window (PoSE); --batch_size counts these rows; default: the window")

@@ -4,6 +4,7 @@ Rows are a pure function of (seed, step, index in the global batch); batches.py 
 """
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -23,7 +24,7 @@ class Part(NamedTuple):
     length: int
     rows: int
     mix: batches.Mix
-    window: int = 0  # more than length: rows of text with skipped positions, all below it
+    window: int = 0  # not 0: rows of batches.sample_text, with positions below it
 
 
 class MicroBatch(NamedTuple):
@@ -46,14 +47,29 @@ class TextData:
         self.tokenizer = tokenizer
         self.train = data.load_corpus(args.data, tokenizer, "train")
         self.val = data.load_corpus(args.data, tokenizer, "val")
-        # Draw one row of each, so that too little data is found before anything is written
+        self.train.name += " (for training)"
+        self.val.name += " (for validation, about a tenth)"
+        if args.min_tokens:
+            self.leave_out_short_documents(args.min_tokens)
+        # Too little data is found before anything is written
         for corpus in (self.train, self.val):
-            batches.sample_batch(corpus, tokenizer, self.window, 0, [0], seed=0)
+            batches.check_length(corpus, self.window)
+
+    def leave_out_short_documents(self, least: int) -> None:
+        """Train on documents of at least so many tokens, and say how many are left out."""
+        chosen = batches.long_documents(self.train, least)
+        documents = len(self.train.starts) - 1
+        left_out = documents - (len(chosen.starts) - 1)
+        share = 1 - len(chosen) / len(self.train)
+        if rank() == 0:
+            line = f"--min_tokens {least:,}: {left_out:,} of {documents:,} documents, with "
+            print(line + f"{share:.0%} of the tokens, are left out of training", file=sys.stderr)
+        self.train = chosen
 
     def rows(self, step: int, part: Part, indices: range) -> MicroBatch:
         """Some rows of a step's global batch."""
-        if part.window > part.length:
-            rows = batches.sample_skipped(
+        if part.window:
+            rows = batches.sample_text(
                 self.train, part.length, part.window, step, indices, seed=self.seed
             )
         else:

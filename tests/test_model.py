@@ -1,13 +1,14 @@
 """model.py: transformers' logits, one truth with and without a KV cache, a loss in chunks that equals a loss in one."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from model import PRESETS, KVCache, LLaMA, LLaMAConfig, sample
+from model import PRESETS, KVCache, LLaMA, LLaMAConfig, sample, shares_key_heads
 from rope import interleaved_to_half, rope_frequencies
 from small_models import METHODS, SHAPES, WINDOW, Recorder, make, make_config, random_ids, randomize
 
@@ -136,6 +137,44 @@ def test_gradients_at_given_positions_however_blocks_are_run(mode):
         gradients.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
     torch._dynamo.reset()
+
+
+# GQA where no fast kernel lets heads share keys
+
+
+@pytest.mark.parametrize("device, dtype, major, masked, shared", [
+    ("cpu", torch.float32, 0, False, True), ("cuda", torch.float32, 9, False, False),
+    ("cuda", torch.bfloat16, 8, False, True), ("cuda", torch.bfloat16, 9, True, False),
+    ("cuda", torch.float16, 7, False, False), ("cuda", torch.float16, 9, False, True),
+])  # fmt: skip
+def test_key_heads_are_repeated_where_flash_attention_can_not_run(monkeypatch, device, dtype, major, masked, shared):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
+    q = SimpleNamespace(device=torch.device(device), dtype=dtype)
+    assert shares_key_heads(q, object() if masked else None) == shared
+
+
+@pytest.mark.parametrize("shape", ["mha", "gqa", "mqa"])
+def test_repeated_key_heads_change_nothing(monkeypatch, shape):
+    ids, given, results = random_ids(2, 24), [], []
+    real = F.scaled_dot_product_attention
+
+    def spy(q, k, v, **options):
+        given.append((k.size(1), options["enable_gqa"]))
+        return real(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    for shared in (True, False):
+        monkeypatch.setattr("model.shares_key_heads", lambda q, mask: shared)
+        model = make(**SHAPES[shape])
+        model(ids, ids).backward()
+        cache = KVCache(model.config, 2, 24, ids.device, torch.float32)
+        pieces = [model(piece, cache=cache).detach() for piece in ids.split([10, 13, 1], dim=1)]
+        results.append([*pieces, *(p.grad for p in model.parameters())])
+        heads = 4 if shape == "mha" or not shared else model.config.n_kv_head
+        assert set(given) == {(heads, heads < 4)}
+        given.clear()
+    for shared, repeated in zip(*results):
+        torch.testing.assert_close(repeated, shared, rtol=1e-4, atol=1e-5)
 
 
 # The KV cache

@@ -4,6 +4,7 @@ Several processes, and what can happen to a run: test_parallel.py."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from conftest import log
 from parallel import states
 from tokenizer import load_tokenizer
 from model import PRESETS, LLaMA, LLaMAConfig
+from trainset import TextData
 
 pytestmark = pytest.mark.usefixtures("workplace")
 ROOT = Path(__file__).parent.parent
@@ -252,6 +254,26 @@ def test_short_rows_with_skipped_positions(base, monkeypatch):
     assert all(a != b for a, b in zip(losses(control), losses(rows)))
 
 
+def test_short_documents_are_left_out(base, capsys):
+    """Rows that no short document can be part of; the line that says what is left out."""
+    Path("texts").mkdir()
+    for i in range(12):
+        Path(f"texts/{i}.txt").write_text(("short " * 9 if i % 2 else "a long line of text\n" * 400))
+    flags = ["--init", str(base), *EXTEND, "--data", "texts", "--min_tokens", "200"]
+    train.main([*QUICK, "--out", "long-documents", *flags])
+    error = capsys.readouterr().err
+    assert re.search(r"--min_tokens 200: [3-6] of \d+ documents, with \d% of the tokens", error), error
+    tokenizer = load_tokenizer(base)
+    args = train.parse("", flags)
+    config = checkpoint.read_config(base, scale=2)
+    train.fill_in_recipe(args, config, world=1)
+    (part,) = train.batch_parts(args, config)
+    rows = TextData(args, config, tokenizer).rows(0, part, range(20))
+    texts = [tokenizer.decode(row.tolist()) for row in rows.ids]
+    assert all("long" in text and "short" not in text for text in texts)
+    assert (rows.ids == config.bos_id).sum(dim=1).max() <= 1  # no row has parts of two documents
+
+
 @pytest.mark.parametrize("row_tokens, lengths, rows", [
     (None, [1024, 256], [4, 16]), (512, [512, 256], [8, 16]), (256, [256, 256], [16, 16]),
     (64, [64, 256], [64, 16]),
@@ -263,9 +285,11 @@ def test_a_small_models_batch_stays_half_text_and_half_retrieval(row_tokens, len
     train.fill_in_recipe(args, config, world=1)
     parts = train.batch_parts(args, config)
     assert [part.length for part in parts] == lengths and [part.rows for part in parts] == rows
-    assert parts[0].window == 1024 and parts[1].window == 0
+    assert [part.window for part in parts] == [1024 if row_tokens else 0, 0]
     assert args.micro_batch_size == 16384 // max(lengths)
     args.no_skip = True
+    assert train.batch_parts(args, config)[0].window == 0
+    args.min_tokens = 10
     assert train.batch_parts(args, config)[0].window == lengths[0]
 
 
@@ -314,6 +338,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_overwritten(base):
     (["--init", "BASE", "--scale", "2", "--row_tokens", "1"], ["--row_tokens", "at least 2"]),
     (["--init", "BASE", "--scale", "2", "--row_tokens", "513"], ["--row_tokens 513", "512"]),
     (["--row_tokens", "64"], ["--row_tokens 64", "--scale"]),
+    (["--min_tokens", "90000"], ["(for training)", "90,000", "--min_tokens"]),
     (["--init", "BASE", "--scale", "2", "--no_skip"], ["--no_skip", "--row_tokens"]),
     (["--init", "BASE", "--scale", "2", "--row_tokens", "64", "--mix", "retrieval", "--batch_size", "4"],
      ["--batch_size 4", "at least 8"]),
@@ -323,7 +348,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_overwritten(base):
     (["--init", "BASE", "--scale", "2", "--rope", "spiral"], ["spiral", "yarn"]),
     (["--init", "BASE", "--scale", "2", "--rope", "dynamic"], ["--rope dynamic", "another"]),
     (["--init", "BASE", "--out", "BASE"], ["--resume", "--overwrite"]),
-    (["--init", "BASE", "--scale", "1000", "--data", TEXT[0]], ["tokens", "don't fill"]),
+    (["--init", "BASE", "--scale", "1000", "--data", TEXT[0]], ["rope.py (for training)", "tokens", "don't fill"]),
     (["--out", "BASE/config.json/under"], ["config.json"]),
     (["--init", "BASE", "--summary_field", "summary", "--data", TEXT[0]], [".jsonl"]),
     (["--summary_field", "summary"], ["--summary_field", "--init"]),

@@ -113,7 +113,10 @@ def title(
         line += f"{config.block_size}; "
     else:
         line += f"{config.original_window} -> {config.block_size} by rope {config.rope!r}; "
-    line += f"{args.max_iters} steps of {args.batch_size} x {args.row_tokens} tokens on "
+    line += f"{args.max_iters} steps of {args.batch_size} x {args.row_tokens} tokens"
+    if args.row_tokens < config.block_size and not args.no_skip:
+        line += " with skipped positions"
+    line += " on "
     line += f"{processes()} x {device}"
     if engine != "alone":
         line += f" ({engine})"

@@ -225,7 +225,7 @@ def test_rows_of_the_window_are_the_usual_ones(base):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_short_rows_with_skipped_positions(base, monkeypatch):
+def test_short_rows_with_skipped_positions(base, monkeypatch, capsys):
     """The model gets the positions; the log counts the tokens of short rows; resuming is exact."""
     seen = []
     real = LLaMA.rope_cos_sin
@@ -237,6 +237,7 @@ def test_short_rows_with_skipped_positions(base, monkeypatch):
     monkeypatch.setattr(LLaMA, "rope_cos_sin", spy)
     extend = ["--init", str(base), *EXTEND]
     rows = run(Path("short"), *extend, "--row_tokens", "64")
+    assert "4 steps of 6 x 64 tokens with skipped positions" in capsys.readouterr().err
     assert [row["tokens"] for row in rows] == [6 * 64 * i for i in range(1, 5)]
     given = [positions for shape, positions in seen if shape == (2, 64)]
     assert len(given) == 4 * 3 and max(positions.max() for positions in given) > 400

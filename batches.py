@@ -1,6 +1,7 @@
 """Training batches, whose rows are a pure function of (seed, step, index in the global batch).
 
     ids, targets = sample_batch(corpus, tokenizer, 256, step=0, indices=range(16), seed=0)
+    ids, targets, positions = sample_text(corpus, 2048, 32768, step=0, indices=range(16), seed=0)
     ids, targets = sample_reports(
         reports, tokenizer, 2048, step=0, indices=range(4), batch_size=4, seed=0
     )
@@ -19,11 +20,14 @@ models have read a trillion tokens and can copy already. A tiny model is trained
 text seldom rewards copying. In passkeys and repeated segments many tokens can be predicted only by
 copying earlier ones, so that a tiny model learns to copy in time.
 
+sample_text makes rows of text of one document each. They may be much shorter than the window, with
+skipped positions that reach through it.
+
 sample_reports makes rows for the paper's other fine-tuning (section 3.5): reports and summaries.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -74,17 +78,27 @@ def sample_batch(
     The target of each token is the token that follows it.
     Raises ValueError if the corpus is shorter than one row.
     """
-    if len(corpus) <= length:
-        raise ValueError(
-            f"{corpus.name}: its {len(corpus)} tokens don't fill one window of {length} + 1: "
-            "give more text"
-        )
+    check_length(corpus, length)
     rows = []
     for index in indices:
-        rng = np.random.default_rng([seed, step, int(index)])
+        rng = row_generator(seed, step, index)
         rows.append(sample_row(corpus, tokenizer, length + 1, rng, mix))
     batch = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B, length + 1)
     return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+
+
+def row_generator(seed: int, step: int, index: int) -> np.random.Generator:
+    """Where all random numbers of a row come from."""
+    return np.random.default_rng([seed, step, int(index)])
+
+
+def check_length(corpus: Corpus, length: int) -> None:
+    """Raise ValueError if the corpus is shorter than one row of `length` tokens and a target."""
+    if len(corpus) <= length:
+        raise ValueError(
+            f"{corpus.name}: its {len(corpus):,} tokens don't fill one row of {length:,} + 1: "
+            "give more text"
+        )
 
 
 def sample_row(
@@ -106,9 +120,92 @@ def sample_row(
 
 
 def random_text(corpus: Corpus, n: int, rng: np.random.Generator) -> np.ndarray:
-    """n tokens from a random place of the corpus."""
+    """n tokens from a random place of the corpus, where one document follows another.
+
+    So a row may begin within a document, and go on in others. The model then sees EOS and BOS
+    between them (where the tokenizer has these). Nothing else keeps them apart: positions go on,
+    and tokens attend to the documents before theirs.
+    """
     start = int(rng.integers(len(corpus) - n + 1))
     return np.asarray(corpus.tokens[start : start + n])
+
+
+# ---- text of one document, with skipped positions ------------------------------------------------
+
+
+def sample_text(
+    corpus: Corpus, length: int, window: int, step: int, indices: Iterable[int], *, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, targets and positions of rows of text, (B, length) each, int64, on the CPU.
+
+    window: more than length: positions are skipped, as in PoSE (Zhu et al., arXiv 2309.10400).
+        A row is cut into two chunks. The first has the positions from 0 on. Those of the second are
+        shifted by a random skip, so that the last one is anything from length - 1 to window - 1. So
+        a model sees all distances below `window` in rows that are much shorter.
+        As much as length: the positions are 0, 1, 2, ...
+
+    A row is text of one document, if it is long enough. Otherwise it is like random_text's, which
+    says what the model then sees.
+
+    Row i depends on (seed, step, i) and on corpus, length and window alone. The target of each
+    token is the token that follows it in the corpus, for the last token of the first chunk too.
+    Raises ValueError if the corpus is shorter than one row.
+    """
+    check_length(corpus, length)
+    rows = []
+    for index in indices:
+        rng = row_generator(seed, step, index)
+        positions = skipped_positions(length, window, rng)
+        places = places_in_text(corpus, positions, rng)
+        rows.append(np.stack([corpus.tokens[places], corpus.tokens[places + 1], positions]))
+    batch = torch.from_numpy(np.stack(rows, axis=1).astype(np.int64))  # (3, B, length)
+    return batch[0], batch[1], batch[2]
+
+
+def skipped_positions(length: int, window: int, rng: np.random.Generator) -> np.ndarray:
+    """The positions of a row, (length,): two runs, the second shifted by a random skip.
+
+    The cut is anywhere in the row, and the skip is anything that leaves the last position below
+    `window`. length: at least 2, and at most window.
+    """
+    cut = int(rng.integers(1, length))  # tokens of the first chunk
+    skip = int(rng.integers(window - length + 1))
+    positions = np.arange(length)
+    positions[cut:] += skip
+    return positions
+
+
+def places_in_text(
+    corpus: Corpus, positions: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """The places in the corpus that a row's tokens are read from, (length,).
+
+    If the document has enough tokens, as many are skipped in the text as in the positions: the row
+    is what those positions hold in a row of the whole window. If it has fewer, a random number of
+    tokens is skipped. If it is shorter than the row, nothing is skipped, and the row begins
+    anywhere in it and goes on in the next documents.
+    """
+    length = len(positions)
+    size = length + 1  # with the target of the last token
+
+    # Draw the document by its length, as the document of a random token
+    token = int(rng.integers(len(corpus)))
+    document = int(np.searchsorted(corpus.starts, token, side="right")) - 1
+    first = int(corpus.starts[document])
+    room = int(corpus.starts[document + 1]) - first - size  # tokens that the row leaves out
+    if room < 0:
+        return min(token, len(corpus) - size) + np.arange(length)
+
+    # Skip within the document, and begin anywhere from where the row ends within it
+    runs = positions - np.arange(length)  # 0 in the first chunk, the skip in the second
+    skip = int(runs[-1])
+    if skip > room:
+        skip = int(rng.integers(room + 1))
+    start = first + int(rng.integers(room - skip + 1))
+    return start + np.arange(length) + np.minimum(runs, skip)
+
+
+# ---- rows of repeated segments -------------------------------------------------------------------
 
 
 def repeated_segments(
@@ -137,6 +234,48 @@ def repeated_segments(
     shortest = min(len(segment) for segment in segments)
     order = rng.integers(len(segments), size=size // shortest + 1)
     return np.concatenate([segments[i] for i in order])[:size]
+
+
+# ---- long documents ------------------------------------------------------------------------------
+
+
+class ChosenTokens:
+    """The tokens of some documents of a corpus, one after another. Nothing is copied.
+
+    It is read like an array of tokens: by a slice, or by an array of places.
+    """
+
+    def __init__(self, corpus: Corpus, documents: np.ndarray) -> None:
+        """documents: the numbers of the chosen ones, at least one."""
+        sizes = np.diff(corpus.starts)[documents]
+        self.tokens = corpus.tokens
+        self.starts = np.concatenate([[0], np.cumsum(sizes)])  # of the chosen documents, here
+        self.shifts = corpus.starts[documents] - self.starts[:-1]  # from here to the corpus
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, places: slice | np.ndarray) -> np.ndarray:
+        if isinstance(places, slice):
+            places = np.arange(*places.indices(len(self)))
+        document = np.searchsorted(self.starts, places, side="right") - 1
+        return self.tokens[places + self.shifts[document]]
+
+
+def long_documents(corpus: Corpus, least: int) -> Corpus:
+    """The corpus of the documents that have at least so many tokens, with BOS and EOS.
+
+    Raises ValueError if there are none.
+    """
+    sizes = np.diff(corpus.starts)
+    chosen = np.flatnonzero(sizes >= least)
+    if len(chosen) == 0:
+        raise ValueError(
+            f"{corpus.name}: no document has {least:,} tokens, the longest has {sizes.max():,}: "
+            "give longer documents, or a smaller --min_tokens"
+        )
+    tokens = ChosenTokens(corpus, chosen)
+    return replace(corpus, tokens=tokens, starts=tokens.starts)
 
 
 # ---- the lines of passkey prompts, as tokens -----------------------------------------------------

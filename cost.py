@@ -341,16 +341,20 @@ def left_in_group(folder: Path, files: GroupFiles) -> float:
 def report(
     config: LLaMAConfig, *, steps: int, batch_size: int, micro_batch_size: int, micro_batches: int,
     flops: float, processes: int, dist: str, dtype: torch.dtype, device_type: str,
-    checkpoint_activations: str, available: float
+    checkpoint_activations: str, available: float, row_tokens: int | None = None,
+    longest_row: int | None = None
 ) -> str:
     """The text of `train.py --plan`: tokens, FLOPs, hours and each device's memory.
 
-    batch_size: sequences in a step.  micro_batch_size: sequences at a time on one process.
+    batch_size: rows in a step, of row_tokens each (None: of the window).  micro_batch_size: rows of
+    longest_row tokens (None: of row_tokens) at a time on one process.
     micro_batches: in a step, on one process.  flops: of all steps together.
     available: bytes of memory of each device.
     """
     window = config.block_size
-    tokens = steps * batch_size * window
+    row_tokens = row_tokens or window
+    longest_row = longest_row or row_tokens
+    tokens = steps * batch_size * row_tokens
     model = f"{config.n_params / 1e6:,.1f} M parameters"
     model += f", window {config.original_window:,} -> {window:,}"
     if config.rope != "none":
@@ -359,14 +363,14 @@ def report(
     engine = dist if processes > 1 else "alone"
     dtype_name = str(dtype).removeprefix("torch.")
     lines = [
-        model, f"{steps:,} steps of {batch_size} x {window:,}: {tokens:,} tokens",
-        f"{flops:.2e} FLOPs: {hours_by_device(flops, window)}",
+        model, f"{steps:,} steps of {batch_size} x {row_tokens:,}: {tokens:,} tokens",
+        f"{flops:.2e} FLOPs: {hours_by_device(flops, row_tokens)}",
         f"each of {processes} devices: {engine}, {dtype_name}, "
-        f"{micro_batch_size} x {window:,} tokens at a time, "
+        f"{micro_batch_size} x {longest_row:,} tokens at a time, "
         f"activations recomputed: {checkpoint_activations}"
     ]
     needs = memory(
-        config, micro_batch_size * window, processes=processes, dist=dist, dtype=dtype,
+        config, micro_batch_size * longest_row, processes=processes, dist=dist, dtype=dtype,
         checkpoint_activations=checkpoint_activations, device_type=device_type,
         micro_batches=micro_batches
     )

@@ -193,6 +193,20 @@ class RMSNorm(nn.Module):
         return y
 
 
+def shares_key_heads(q: Tensor, mask: Tensor | None) -> bool:
+    """Whether a fast kernel lets several query heads share a key head on q's device.
+
+    On CUDA that is flash attention alone. It takes 16 bits, from compute capability 8 (A100) on,
+    and no mask. Otherwise PyTorch would fall back to the plain kernel, which holds all T x S
+    scores.
+    """
+    if q.device.type != "cuda":
+        return True
+    if mask is not None or q.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return torch.cuda.get_device_properties(q.device).major >= 8
+
+
 class Attention(nn.Module):
     """Causal attention. With n_kv_head < n_head, H / K query heads share a key head (GQA)."""
 
@@ -201,7 +215,7 @@ class Attention(nn.Module):
         C = config.n_embd
         D = config.head_dim
         self.head_dim = D
-        self.gqa = config.n_kv_head < config.n_head
+        self.group = config.n_head // config.n_kv_head  # query heads that share a key head
         self.q_proj = nn.Linear(C, config.n_head * D, bias=False)
         self.k_proj = nn.Linear(C, config.n_kv_head * D, bias=False)
         self.v_proj = nn.Linear(C, config.n_kv_head * D, bias=False)
@@ -210,13 +224,21 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, layer: int = 0
     ) -> Tensor:
-        """x (B, T, C), cos and sin (T, D/2) -> (B, T, C). With a cache, x follows what is in it."""
+        """x (B, T, C), cos and sin (T, D/2) or (B, T, D/2) -> (B, T, C).
+
+        With a cache, x follows what is in it.
+        """
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
-        q = apply_rope(q, cos, sin)
-        k = apply_rope(k, cos, sin)
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
+
+        # All heads of a token turn by the same angles
+        cos = cos.unsqueeze(-2)  # (T, 1, D/2) or (B, T, 1, D/2)
+        sin = sin.unsqueeze(-2)
+        q = apply_rope(q, cos, sin).transpose(1, 2)  # (B, H, T, D)
+        k = apply_rope(k, cos, sin).transpose(1, 2)  # (B, K, T, D)
+        v = v.transpose(1, 2)  # (B, K, T, D)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, K, S, D)
 
@@ -229,9 +251,7 @@ class Attention(nn.Module):
         if 1 < T < S:
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
         causal = T > 1 and mask is None  # in this order it is a plain bool under torch.compile too
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.gqa
-        )  # (B, H, T, D)
+        y = self.attend(q, k, v, mask, causal)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
     def last_token(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, layer: int) -> Tensor:
@@ -241,13 +261,29 @@ class Attention(nn.Module):
         come from all tokens.
         """
         B, T, _ = x.shape
-        q = self.q_proj(x[:, -1:]).view(B, 1, -1, self.head_dim).transpose(1, 2)  # (B, H, 1, D)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
-        q = apply_rope(q, cos[-1:], sin[-1:])
-        k, v = cache.append(layer, apply_rope(k, cos, sin), v)  # (B, K, S, D)
-        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.gqa)  # (B, H, 1, D)
+        q = self.q_proj(x[:, -1:]).view(B, 1, -1, self.head_dim)  # (B, 1, H, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
+        cos = cos.unsqueeze(-2)  # (T, 1, D/2)
+        sin = sin.unsqueeze(-2)
+        q = apply_rope(q, cos[-1:], sin[-1:]).transpose(1, 2)  # (B, H, 1, D)
+        k = apply_rope(k, cos, sin).transpose(1, 2)  # (B, K, T, D)
+        k, v = cache.append(layer, k, v.transpose(1, 2))  # (B, K, S, D)
+        y = self.attend(q, k, v)  # (B, H, 1, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, 1, -1))
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
+    ) -> Tensor:
+        """softmax(q k / sqrt(D)) v: q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D)."""
+        gqa = self.group > 1
+        if gqa and not shares_key_heads(q, mask):
+            k = k.repeat_interleave(self.group, dim=1)  # (B, H, S, D)
+            v = v.repeat_interleave(self.group, dim=1)  # (B, H, S, D)
+            gqa = False
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=gqa
+        )
 
 
 class MLP(nn.Module):
@@ -330,22 +366,27 @@ class LLaMA(nn.Module):
                 nn.init.normal_(weight, std=0.7 / math.sqrt(weight.size(1)))
 
     def forward(
-        self, ids: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
+        self, ids: Tensor, targets: Tensor | None = None, cache: KVCache | None = None,
+        positions: Tensor | None = None
     ) -> Tensor:
         """ids (B, T) -> logits (B, T, V). With targets (B, T), the mean cross-entropy.
 
         A token whose target is -100 is not scored. With a cache, ids follow what is in it.
+        positions (B, T): what RoPE turns each token by; default: 0 ... T - 1, or what follows the
+            cache. Whatever they are, a token attends to itself and to those before it in ids.
         """
-        x = self.hidden(ids, cache)  # (B, T, C)
+        x = self.hidden(ids, cache, positions)  # (B, T, C)
         if targets is None:
             return self.lm_head(x)
         # The summed loss, in chunks, so that the logits of a long window are never held at once
         loss = ChunkedCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
         return loss / (targets != IGNORED).sum().clamp(min=1)
 
-    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden(
+        self, ids: Tensor, cache: KVCache | None = None, positions: Tensor | None = None
+    ) -> Tensor:
         """The normed hidden states (B, T, C) that the head reads."""
-        cos, sin = self.rope_cos_sin(ids, cache)
+        cos, sin = self.rope_cos_sin(ids, cache, positions)
         x = self.embed_tokens(ids)
         for layer, block in enumerate(self.layers):
             x = self.run_block(block, x, cos, sin, cache, layer)
@@ -353,9 +394,12 @@ class LLaMA(nn.Module):
             cache.length += ids.size(1)
         return self.norm(x)
 
-    def rope_cos_sin(self, ids: Tensor, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
-        """cos and sin of the positions of ids, (T, D/2) float32.
+    def rope_cos_sin(
+        self, ids: Tensor, cache: KVCache | None = None, positions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin of the positions of ids, float32: (T, D/2), or (B, T, D/2) of given ones.
 
+        The method "dynamic" goes by the number of tokens, whatever their positions.
         Recomputed in each forward pass and not stored, so that there is no buffer that a
         meta-device init could leave as garbage or `.to(bfloat16)` could round.
         """
@@ -367,7 +411,8 @@ class LLaMA(nn.Module):
             # The cached keys are turned already, so "dynamic" must not change its angles while the
             # cache grows: it takes the final length
             length = cache.max_length
-        positions = torch.arange(start, start + T, device=ids.device)
+        if positions is None:
+            positions = torch.arange(start, start + T, device=ids.device)
         inv_freq, attention_factor = self.config.rope_frequencies(length, ids.device)
         return rope_cos_sin(positions, inv_freq, attention_factor)
 

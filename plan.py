@@ -77,6 +77,13 @@ def choose_engine(
     return choose_dist(config, available)
 
 
+def longest_row(args: argparse.Namespace, config: LLaMAConfig) -> int:
+    """Tokens of the longest row: of text, or of retrieval, whose rows have the original length."""
+    if args.mix == "retrieval":
+        return max(args.row_tokens, min(config.block_size, config.original_window))
+    return args.row_tokens
+
+
 def choose_micro_batch(
     args: argparse.Namespace, config: LLaMAConfig, world: int, machine: Machine
 ) -> None:
@@ -87,7 +94,7 @@ def choose_micro_batch(
     """
     sizes = [args.micro_batch_size]
     if args.micro_batch_size is None:
-        sizes = halvings(max(1, MICRO_BATCH_TOKENS // config.block_size))
+        sizes = halvings(max(1, MICRO_BATCH_TOKENS // longest_row(args, config)))
     modes = [args.checkpoint_activations]
     if args.checkpoint_activations is None:
         modes = cost.ACTIVATIONS
@@ -115,7 +122,7 @@ def memory_needed(
     engine, _ = choose_engine(args, config, world, machine.free)
     micro_batch_size, micro_batches = micro_batches_of(args, world)
     needed = cost.memory(
-        config, micro_batch_size * config.block_size, processes=world, dist=engine,
+        config, micro_batch_size * longest_row(args, config), processes=world, dist=engine,
         dtype=machine.dtype, device_type=machine.device_type,
         checkpoint_activations=args.checkpoint_activations, micro_batches=micro_batches
     )
@@ -194,6 +201,7 @@ def plan(
     micro_batch_size, micro_batches = micro_batches_of(args, world)
     text = cost.report(
         config, steps=args.max_iters, batch_size=args.batch_size, micro_batch_size=micro_batch_size,
+        row_tokens=args.row_tokens, longest_row=longest_row(args, config),
         micro_batches=micro_batches, flops=args.max_iters * cost.step_flops(config, parts),
         processes=world, dist=engine, dtype=machine.dtype, device_type=machine.device_type,
         checkpoint_activations=args.checkpoint_activations, available=machine.free
@@ -227,7 +235,7 @@ def memory_line(args: argparse.Namespace, config: LLaMAConfig, machine: Machine)
     rows, _ = micro_batches_of(args, processes())
     line = f"memory: about {format_bytes(needed)} of {format_bytes(machine.free)} free a process, "
     line += cost.verdict(needed, machine.free)
-    line += f" ({rows} x {config.block_size:,} tokens at a time, "
+    line += f" ({rows} x {longest_row(args, config):,} tokens at a time, "
     return line + f"activations recomputed: {args.checkpoint_activations})"
 
 
@@ -241,7 +249,10 @@ def title(
         line += f"{config.block_size}; "
     else:
         line += f"{config.original_window} -> {config.block_size} by rope {config.rope!r}; "
-    line += f"{args.max_iters} steps of {args.batch_size} x {config.block_size} tokens on "
+    line += f"{args.max_iters} steps of {args.batch_size} x {args.row_tokens} tokens"
+    if args.row_tokens < config.block_size and not args.no_skip:
+        line += " with skipped positions"
+    line += " on "
     line += f"{processes()} x {device}"
     if engine != "alone":
         line += f" ({engine})"

@@ -114,12 +114,13 @@ def rope_cos_sin(
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (..., T, D) with each pair (x_j, x_{j + D/2}) turned by its angle; cos, sin (..., T, D/2).
+    """x (..., D) with each pair (x_j, x_{j + D/2}) turned by its angle; cos, sin (..., D/2).
 
-    The result has x's dtype, whatever that of cos and sin.
+    cos and sin are broadcast over x: with (T, D/2) they fit x (B, H, T, D), and with (T, 1, D/2)
+    they fit x (B, T, H, D). The result has x's dtype, whatever that of cos and sin.
     """
-    x1, x2 = x.chunk(2, dim=-1)  # (..., T, D/2) each
-    turned = torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)  # (..., T, D)
+    x1, x2 = x.chunk(2, dim=-1)  # (..., D/2) each
+    turned = torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)  # (..., D)
     return turned.to(x.dtype)
 
 

@@ -3,6 +3,7 @@
     python train.py                           # pre-train the tiny base on text, into out/base
     python train.py --scale 8                 # extend the newest base in out/ by PI
     python train.py --scale 8 --rope none     # the paper's baseline: direct fine-tuning
+    python train.py --scale 8 --row_tokens 256                # short rows with skipped positions
     python train.py --resume --out out/linear-8               # go on where a run stopped, exactly
     torchrun --nproc_per_node 8 train.py --init FOLDER --scale 16       # any LLaMA, on eight GPUs
     python train.py --plan --preset llama-7b --scale 16 --world_size 8 --device_memory 80
@@ -63,22 +64,25 @@ class Recipe(NamedTuple):
     """Settings that depend on the model; the command line may change each."""
 
     max_iters: int
-    batch_size: int  # rows of the window's length in a step, over all processes
+    batch_size: int  # rows of text in a step, over all processes
     learning_rate: float  # the peak
     warmup_iters: int
     decay: str  # "constant", or "linear" to 5% of the peak
     mix: str  # what the rows are made of: "text" or "retrieval", see `batch_parts`
 
 
-def recipe(config: LLaMAConfig, scratch: bool) -> Recipe:
-    """The recipe for a base from scratch, for the paper's models, and for smaller ones."""
+def recipe(config: LLaMAConfig, scratch: bool, row_tokens: int | None = None) -> Recipe:
+    """The recipe for a base from scratch, for the paper's models, and for smaller ones.
+
+    row_tokens: tokens of a row of text; None: as many as the window has.
+    """
     if scratch:
         return Recipe(2200, 16, 4e-3, 50, decay="linear", mix="retrieval")
     # So small a model forgets retrieval within tens of fine-tuning steps on text alone. So half of
     # its training tokens are retrieval rows, which have the original length: no passkey in training
     # is farther away than the original window, and what the model finds beyond was not trained.
     if config.n_params <= 20e6:
-        rows = max(2, 8192 // config.block_size)  # 8,192 tokens a step
+        rows = max(2, 8192 // (row_tokens or config.block_size))  # 8,192 tokens a step
         return Recipe(200, rows, 1e-3, 20, decay="linear", mix="retrieval")
     # Smaller models than the paper's are pre-trained, and so fine-tuned, at a higher rate
     if config.n_params <= 1e9:
@@ -91,12 +95,12 @@ def recipe(config: LLaMAConfig, scratch: bool) -> Recipe:
     return Recipe(1000, 64, 1e-5, 20, decay="constant", mix="text")
 
 
-def cpu_recipe(of_gpus: Recipe, config: LLaMAConfig, world: int) -> Recipe:
+def cpu_recipe(of_gpus: Recipe, row_tokens: int, world: int) -> Recipe:
     """The recipe for a larger model on a CPU, where that of GPUs would take weeks.
 
     100 steps of about 4,096 tokens, as a trial that ends within hours for some 100 M parameters.
     """
-    rows = max(1, 4096 // config.block_size)
+    rows = max(1, 4096 // row_tokens)
     rows = world * math.ceil(rows / world)
     return of_gpus._replace(max_iters=100, batch_size=rows)
 
@@ -120,10 +124,19 @@ def batch_parts(args: argparse.Namespace, config: LLaMAConfig, step: int = 0) ->
     original_window = min(window, config.original_window)
     text = batches.Mix()
 
+    # Rows of text have the window's length, or are shorter. Short rows have skipped positions, so
+    # that the model sees all distances of the window all the same. Positions lie below `reach`; if
+    # it is 0, they are 0, 1, 2, ..., and the text is cut anywhere, between documents too.
+    reach = 0
+    if args.row_tokens < window and not args.no_skip:
+        reach = window
+    elif args.min_tokens:
+        reach = args.row_tokens
+
     # Text alone, as in the paper. (With --summary_field the rows are reports, and the mix is
     # ignored.)
     if args.mix == "text" or args.summary_field:
-        return [Part(window, args.batch_size, text)]
+        return [Part(args.row_tokens, args.batch_size, text, reach)]
 
     # Pre-training: 40% of the rows have passkeys, 30% have repeated segments, and the rest is text,
     # because on text alone a model this small learns no retrieval in minutes. The last fifth of the
@@ -136,14 +149,19 @@ def batch_parts(args: argparse.Namespace, config: LLaMAConfig, step: int = 0) ->
         retrieval = batches.Mix(passkey=0.4 * share, repeat=0.3 * share)
         return [Part(window, args.batch_size, retrieval)]
 
-    # Extending: half of the tokens are text at the extended window, half are retrieval rows at the
+    # Extending: half of the tokens are text for the extended window, half are retrieval rows at the
     # original one. In pre-training a passkey row often has many keys (dense) or several prompts.
     # Here each has one prompt with one key (dense 0, alone 1). With several keys the model would
     # learn to look back only as far as the last one.
-    long_rows = args.batch_size // 2
-    short_rows = (args.batch_size - long_rows) * (window // original_window)
+    text_rows = args.batch_size // 2
+    retrieval_rows = (args.batch_size - text_rows) * (window // original_window)
+    if args.row_tokens < window:
+        retrieval_rows = (args.batch_size - text_rows) * args.row_tokens // original_window
     retrieval = batches.Mix(passkey=0.8, repeat=0.2, dense=0.0, alone=1.0)
-    return [Part(window, long_rows, text), Part(original_window, short_rows, retrieval)]
+    return [
+        Part(args.row_tokens, text_rows, text, reach),
+        Part(original_window, retrieval_rows, retrieval)
+    ]
 
 
 def fill_in_recipe(
@@ -156,7 +174,9 @@ def fill_in_recipe(
     notes = []
     # --plan may combine --preset with --scale: it then plans to extend a model of that shape
     scratch = args.init == "scratch" and args.scale is None
-    defaults = recipe(config, scratch)
+    if args.row_tokens is None:
+        args.row_tokens = config.block_size
+    defaults = recipe(config, scratch, args.row_tokens)
     if defaults.mix == "retrieval":
         # Round the batch up to a multiple of 2 * world: when extending, half of the rows are text
         # and half are retrieval, and each half is shared among the processes
@@ -164,7 +184,7 @@ def fill_in_recipe(
         defaults = defaults._replace(batch_size=2 * world * groups)
     elif machine.device_type == "cpu":
         gpus = f"{defaults.max_iters:,} of {defaults.batch_size}"
-        defaults = cpu_recipe(defaults, config, world)
+        defaults = cpu_recipe(defaults, args.row_tokens, world)
         if args.max_iters is None or args.batch_size is None:
             notes.append(
                 f"on a CPU the default is {defaults.max_iters} steps of {defaults.batch_size} rows,"
@@ -274,11 +294,11 @@ def accumulate_gradients(run: Run, batch: Batch, stop: StopSignal) -> Tensor | N
     number N. DDP and FSDP average gradients over the P processes. So a micro batch must give (its
     sum) / (N / P) = (its mean) * (its scored tokens) / (N / P).
     """
-    scored = [(targets != IGNORED).sum().item() for _, targets in batch]
+    scored = [(rows.targets != IGNORED).sum().item() for rows in batch]
     scored_here = torch.tensor(float(sum(scored)), dtype=torch.float64)
     mean_scored = mean_over_processes(scored_here).item()  # N / P
     total = torch.zeros((), device=run.device)
-    for i, (ids, targets) in enumerate(batch):
+    for i, (ids, targets, positions) in enumerate(batch):
         if stop.on_any_process():
             # A state that is saved before the first step must find no gradients
             run.optimizer.zero_grad(set_to_none=True)
@@ -290,9 +310,11 @@ def accumulate_gradients(run: Run, batch: Batch, stop: StopSignal) -> Tensor | N
             sync = run.model.no_sync()
         ids = ids.to(run.device, non_blocking=True)
         targets = targets.to(run.device, non_blocking=True)
+        if positions is not None:
+            positions = positions.to(run.device, non_blocking=True)
         with sync:
             with run.autocast:
-                loss = run.model(ids, targets) * (scored[i] / mean_scored)
+                loss = run.model(ids, targets, positions=positions) * (scored[i] / mean_scored)
             loss.backward()
         total += loss.detach()
     return total

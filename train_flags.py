@@ -1,6 +1,7 @@
 """The flags of train.py, in groups. What is not given is filled in by train.fill_in_recipe."""
 
 import argparse
+import math
 from pathlib import Path
 
 from cli import (
@@ -55,6 +56,14 @@ def add_training_flags(parser: Parser) -> None:
     add("--data", nargs="+", help=f"{DATA_FORMS}; default: Python's standard library")
     add("--mix", choices=("text", "retrieval"),
         help="text alone, as in the paper, or text and passkeys" + BY_SIZE)
+    add("--min_tokens", type=at_least(1),
+        help="train on documents of at least so many tokens, with BOS and EOS, and let each row of "
+        "text be of one document if it is long enough")
+    add("--row_tokens", type=at_least(2),
+        help="tokens of a row of text, at most the window's; shorter rows have skipped positions "
+        "that reach through the window (PoSE); --batch_size counts these rows; default: the window")
+    add("--no_skip", action="store_true",
+        help="with --row_tokens: positions 0, 1, 2, ... in short rows too, for comparison")
     add("--summary_field",
         help="learn to write summaries: rows of --data (.jsonl, .parquet) have a document in "
         "--document_field and its summary here; the loss is on the summary alone")
@@ -64,7 +73,8 @@ def add_training_flags(parser: Parser) -> None:
 
     add = parser.add_argument_group("recipe").add_argument
     add("--max_iters", type=at_least(1), help="steps" + BY_SIZE)
-    add("--batch_size", type=at_least(1), help="rows of a step, over all processes" + BY_SIZE)
+    add("--batch_size", type=at_least(1),
+        help="rows of --row_tokens tokens in a step, over all processes" + BY_SIZE)
     add("--learning_rate", type=at_least(0.0), help="the peak" + BY_SIZE)
     add("--warmup_iters", type=at_least(0), help="steps from 10%% of the peak to it" + BY_SIZE)
     add("--decay", choices=("constant", "linear"),
@@ -164,6 +174,7 @@ def check_flags(args: argparse.Namespace, config: LLaMAConfig) -> None:
         raise ValueError("--summary_field needs --data, files with documents and summaries")
     if args.summary_field and args.init == "scratch":
         raise ValueError("--summary_field fine-tunes a model that reads already: give --init")
+    check_row_tokens(args, config)
     if config.rope == "dynamic":
         raise ValueError(
             "--rope dynamic changes with the length and is not trained: use it to evaluate, "
@@ -171,12 +182,34 @@ def check_flags(args: argparse.Namespace, config: LLaMAConfig) -> None:
         )
 
 
+def check_row_tokens(args: argparse.Namespace, config: LLaMAConfig) -> None:
+    """Refuse --row_tokens and --no_skip where they don't fit. Raises ValueError."""
+    window = config.block_size
+    if args.row_tokens > window:
+        raise ValueError(
+            f"--row_tokens {args.row_tokens}: the window has {window} tokens: give at most that"
+        )
+    if args.row_tokens < window and config.original_window >= window:
+        raise ValueError(
+            f"--row_tokens {args.row_tokens}: short rows are for extending a window: give --scale"
+        )
+    if args.row_tokens < window and args.summary_field:
+        raise ValueError(
+            f"--row_tokens {args.row_tokens}: with --summary_field a row is a whole report: leave "
+            "--row_tokens out"
+        )
+    if args.no_skip and args.row_tokens == window:
+        raise ValueError("--no_skip is about short rows: give --row_tokens below the window too")
+
+
 def check_parts(args: argparse.Namespace, parts: list[Part], world: int) -> None:
     """Refuse a batch that can't be shared among so many processes. Raises ValueError."""
     for part in parts:
         if part.rows == 0:
+            least = 2 * max(1, math.ceil(parts[-1].length / parts[0].length))
             raise ValueError(
-                f"--batch_size {args.batch_size} is too small for --mix retrieval: give at least 2"
+                f"--batch_size {args.batch_size} is too small for --mix retrieval: "
+                f"give at least {least}"
             )
         if part.rows % world:
             raise ValueError(

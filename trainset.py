@@ -4,6 +4,7 @@ Rows are a pure function of (seed, step, index in the global batch); batches.py 
 """
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -16,8 +17,6 @@ from model import LLaMAConfig
 from parallel import processes, rank
 from tokenizer import Tokenizer
 
-Batch = list[tuple[Tensor, Tensor]]  # micro batches of ids and targets, (B, T) each
-
 
 class Part(NamedTuple):
     """One part of a global batch: so many rows of one length, made of one mix."""
@@ -25,6 +24,18 @@ class Part(NamedTuple):
     length: int
     rows: int
     mix: batches.Mix
+    window: int = 0  # not 0: rows of batches.sample_text, with positions below it
+
+
+class MicroBatch(NamedTuple):
+    """Some rows that are computed at once, (B, T) each."""
+
+    ids: Tensor
+    targets: Tensor
+    positions: Tensor | None = None  # None: 0 ... T - 1
+
+
+Batch = list[MicroBatch]
 
 
 class TextData:
@@ -36,15 +47,37 @@ class TextData:
         self.tokenizer = tokenizer
         self.train = data.load_corpus(args.data, tokenizer, "train")
         self.val = data.load_corpus(args.data, tokenizer, "val")
-        # Draw one row of each, so that too little data is found before anything is written
+        self.train.name += " (for training)"
+        self.val.name += " (for validation, about a tenth)"
+        if args.min_tokens:
+            self.leave_out_short_documents(args.min_tokens)
+        # Too little data is found before anything is written
         for corpus in (self.train, self.val):
-            batches.sample_batch(corpus, tokenizer, self.window, 0, [0], seed=0)
+            batches.check_length(corpus, self.window)
 
-    def rows(self, step: int, part: Part, indices: range) -> tuple[Tensor, Tensor]:
-        """Some rows of a step's global batch: ids and targets, (B, T) each."""
-        return batches.sample_batch(
-            self.train, self.tokenizer, part.length, step, indices, seed=self.seed, mix=part.mix
-        )
+    def leave_out_short_documents(self, least: int) -> None:
+        """Train on documents of at least so many tokens, and say how many are left out."""
+        chosen = batches.long_documents(self.train, least)
+        documents = len(self.train.starts) - 1
+        left_out = documents - (len(chosen.starts) - 1)
+        share = 1 - len(chosen) / len(self.train)
+        if rank() == 0:
+            line = f"--min_tokens {least:,}: {left_out:,} of {documents:,} documents, with "
+            print(line + f"{share:.0%} of the tokens, are left out of training", file=sys.stderr)
+        self.train = chosen
+
+    def rows(self, step: int, part: Part, indices: range) -> MicroBatch:
+        """Some rows of a step's global batch."""
+        if part.window:
+            rows = batches.sample_text(
+                self.train, part.length, part.window, step, indices, seed=self.seed
+            )
+        else:
+            rows = batches.sample_batch(
+                self.train, self.tokenizer, part.length, step, indices, seed=self.seed,
+                mix=part.mix
+            )
+        return MicroBatch(*rows)
 
     def held_out(self, index: int) -> tuple[Tensor, Tensor]:
         """A row of validation text."""
@@ -66,8 +99,9 @@ class ReportData:
             self.val = reports[::20]
             self.train = [report for i, report in enumerate(reports) if i % 20]
 
-    def rows(self, step: int, part: Part, indices: range) -> tuple[Tensor, Tensor]:
-        return self._sample(self.train, step, indices, self.args.batch_size, self.args.seed)
+    def rows(self, step: int, part: Part, indices: range) -> MicroBatch:
+        rows = self._sample(self.train, step, indices, self.args.batch_size, self.args.seed)
+        return MicroBatch(*rows)
 
     def held_out(self, index: int) -> tuple[Tensor, Tensor]:
         return self._sample(self.val, index, range(1), 1, 0)
@@ -97,11 +131,14 @@ def process_batch(
         start = first + rank() * share
         size = micro_batch_size * (longest // part.length)
         for i in range(start, start + share, size):
-            ids, targets = source.rows(step, part, range(i, min(i + size, start + share)))
+            indices = range(i, min(i + size, start + share))
+            ids, targets, positions = source.rows(step, part, indices)
             if pin:
                 ids = ids.pin_memory()
                 targets = targets.pin_memory()
-            made.append((ids, targets))
+                if positions is not None:
+                    positions = positions.pin_memory()
+            made.append(MicroBatch(ids, targets, positions))
         first += part.rows
     return made
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import prompts
-from batches import Mix, PasskeyWriter, check_reports, sample_batch, sample_reports
+from batches import (
+    Mix, PasskeyWriter, check_reports, long_documents, sample_batch, sample_reports, sample_text
+)
 from conftest import FORMS, TEXTS, english
-from data import load_corpus
+from data import Corpus, load_corpus
 from loss import ChunkedCrossEntropy
 from model import LLaMA, LLaMAConfig
 from prompts import encode_line, report_prompt
@@ -108,11 +110,126 @@ def test_impossible_mixes(shares):
 
 def test_a_corpus_shorter_than_one_window(corpus, tok):
     n = len(corpus)
-    message = rf"corpus.*: its {n} tokens don't fill one window of {n} \+ 1: give more"
+    message = rf"corpus.*: its {n:,} tokens don't fill one row of {n:,} \+ 1: give more"
     with pytest.raises(ValueError, match=message):
         sample_batch(corpus, tok, n, 0, [0], seed=0)
     (row,) = whole_rows(corpus, tok, n - 1, 1, Mix())
     assert row == corpus.tokens.tolist()
+
+
+# ---- rows with skipped positions -----------------------------------------------------------------
+
+
+def counted(*documents: int) -> Corpus:
+    """A corpus of documents of so many tokens, in which each token is its own place."""
+    starts = np.cumsum([0, *documents])
+    tokens = np.arange(starts[-1], dtype=np.uint16)
+    return Corpus(tokens, starts, "counted", has_bos=False, has_eos=False)
+
+
+def test_positions_are_two_runs_that_reach_every_distance_of_the_window():
+    length, window = 5, 14
+    rows = range(4000)
+    _, _, positions = sample_text(counted(100), length, window, 0, rows, seed=0)
+    steps = positions.diff(dim=1)
+    assert (positions[:, 0] == 0).all() and (steps >= 1).all()
+    assert ((steps > 1).sum(dim=1) <= 1).all()  # two runs, or one where nothing is skipped
+
+    # The last position is each of 4 ... 13 about equally often, wherever the row is cut
+    last = positions[:, -1]
+    shares = last.bincount(minlength=window) / len(rows)
+    assert (shares[: length - 1] == 0).all() and len(shares) == window
+    torch.testing.assert_close(shares[length - 1 :], torch.full((10,), 0.1), atol=0.02, rtol=0)
+    cuts = steps.argmax(dim=1)[last >= length] + 1
+    assert sorted(set(cuts.tolist())) == [1, 2, 3, 4]
+
+    # A token and an earlier one are at every distance that the window has
+    distances = (positions[:, :, None] - positions[:, None, :]).flatten()
+    assert set(distances[distances > 0].tolist()) == set(range(1, window))
+
+
+def test_the_second_chunk_is_text_from_later_in_the_document():
+    long, middle, short = 1000, 60, 20
+    corpus = counted(long, middle, *[short] * 50)
+    length, window = 32, 300
+    ids, targets, positions = sample_text(corpus, length, window, 0, range(600), seed=0)
+    assert ids.dtype == targets.dtype == positions.dtype == torch.int64
+    assert torch.equal(targets, ids + 1)  # the next token of the text, at the cut too
+    document = np.searchsorted(corpus.starts, ids.numpy(), side="right") - 1
+    of_target = np.searchsorted(corpus.starts, targets.numpy(), side="right") - 1
+    seen = set()
+    for row in range(len(ids)):
+        text_skip = int(ids[row, -1] - ids[row, 0]) - (length - 1)
+        first = document[row, 0]
+        seen.add(min(first, 2))
+        inside = (document[row] == first).all() and (of_target[row] == first).all()
+        if first == 0 and inside:  # the text of these positions in a row of 300 tokens
+            assert torch.equal(ids[row] - ids[row, 0], positions[row])
+        elif first == 1 and inside:  # skipped within the document
+            assert 0 <= text_skip <= middle - length - 1
+            assert text_skip <= positions[row, -1] - (length - 1)
+        else:  # the document is too short: nothing is left out
+            assert first >= 2 and text_skip == 0
+    assert seen == {0, 1, 2}
+    # Rows begin at the document's first token, and end with its last one as their target
+    whole = sample_text(counted(33), length, window, 0, range(5), seed=0)
+    assert (whole[0] == torch.arange(length)).all()
+
+
+def test_skipped_rows_are_a_pure_function_of_seed_step_and_index():
+    corpus = counted(5000, 300, 700)
+    rows = sample_text(corpus, 40, 400, 5, range(16), seed=1)
+    parts = [sample_text(corpus, 40, 400, 5, part, seed=1) for part in ([0, 1, 2], range(3, 16))]
+    for whole, *cut in zip(rows, *parts):
+        assert torch.equal(torch.cat(cut), whole)
+    for step, seed in ((6, 1), (5, 2)):
+        other = sample_text(corpus, 40, 400, step, range(16), seed=seed)
+        assert not (other[0] == rows[0]).all(dim=1).any()
+        assert not torch.equal(other[2], rows[2])
+    with pytest.raises(ValueError, match="counted: its 40 tokens don't fill one row of 40 "):
+        sample_text(counted(40), 40, 400, 0, [0], seed=0)
+
+
+# ---- long documents ------------------------------------------------------------------------------
+
+
+def test_long_documents_are_a_corpus_without_the_others(tok):
+    corpus = counted(30, 200, 10, 300, 29, 100, 31)
+    chosen = long_documents(corpus, 31)
+    kept = np.concatenate([np.arange(30, 230), np.arange(240, 540), np.arange(569, 700)])
+    assert len(chosen) == len(kept) and chosen.starts.tolist() == [0, 200, 500, 600, 631]
+    assert np.array_equal(chosen.tokens[:], kept)
+    assert np.array_equal(chosen.tokens[195:205], kept[195:205])
+    places = np.array([[630, 0], [200, 199]])
+    assert np.array_equal(chosen.tokens[places], kept[places])
+
+    # Rows are those of a corpus that never had the short documents
+    plain = replace(chosen, tokens=kept)
+    for length, window in ((60, 60), (60, 250), (250, 250)):
+        ours = sample_text(chosen, length, window, 0, range(20), seed=0)
+        theirs = sample_text(plain, length, window, 0, range(20), seed=0)
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+    ours, theirs = (sample_batch(c, tok, 60, 0, range(20), seed=0) for c in (chosen, plain))
+    assert torch.equal(ours[0], theirs[0])
+
+    with pytest.raises(ValueError, match="counted: no document has 301 tokens, the longest has 300: "):
+        long_documents(corpus, 301)
+    assert len(long_documents(corpus, 300)) == 300
+
+
+def test_a_row_of_text_is_of_one_document_if_that_is_long_enough():
+    corpus = counted(400, 65, 300, 50, 90)
+    ids, targets, positions = sample_text(corpus, 64, 64, 0, range(400), seed=0)
+    assert torch.equal(positions, torch.arange(64).expand(400, 64))
+    assert torch.equal(targets, ids + 1)
+    first = np.searchsorted(corpus.starts, ids[:, 0].numpy(), side="right") - 1
+    last = np.searchsorted(corpus.starts, targets[:, -1].numpy(), side="right") - 1
+    assert (last > first)[first == 3].all() and (last == first)[first != 3].all()
+    assert set(first.tolist()) == {0, 1, 2, 3, 4}
+    # Drawn by their length, and from any place that holds a row
+    assert abs((first == 0).mean() - 400 / 905) < 0.08
+    starts = ids[:, 0][torch.from_numpy(first == 4)] - 815
+    assert starts.min() <= 2 and starts.max() >= 23 and starts.max() <= 90 - 65
 
 
 # ---- passkeys ------------------------------------------------------------------------------------

@@ -1,13 +1,14 @@
 """model.py: transformers' logits, one truth with and without a KV cache, a loss in chunks that equals a loss in one."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from model import PRESETS, KVCache, LLaMA, LLaMAConfig, sample
+from model import PRESETS, KVCache, LLaMA, LLaMAConfig, sample, shares_key_heads
 from rope import interleaved_to_half, rope_frequencies
 from small_models import METHODS, SHAPES, WINDOW, Recorder, make, make_config, random_ids, randomize
 
@@ -76,6 +77,104 @@ def test_greedy_generation_equals_transformers(method):
     ids = random_ids(3, 20)
     expected = theirs.generate(ids, max_new_tokens=40, do_sample=False, pad_token_id=0)
     assert torch.equal(ours.generate(ids, 40), expected)
+
+
+# Given positions
+
+SKIPPED = torch.tensor([[0, 1, 2, 3, 40, 41, 42, 43, 44, 45], [0, 1, 2, 3, 4, 5, 6, 7, 95, 96]])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", ["mha", "gqa"])
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "dynamic"])
+def test_logits_at_given_positions_equal_transformers(method, shape):
+    theirs, ours = transformers_and_ours(**METHODS[method], **SHAPES[shape])
+    ids = random_ids(*SKIPPED.shape)
+    # Without a mask of ones, transformers takes a gap for the beginning of another sequence
+    ones = torch.ones_like(ids)
+    expected = theirs(ids, position_ids=SKIPPED, attention_mask=ones).logits
+    logits = ours(ids, positions=SKIPPED)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+    assert (logits[:, 8:] - ours(ids)[:, 8:]).abs().max() > 0.02
+    plain = torch.arange(10).expand(2, 10)
+    assert torch.equal(ours(ids, positions=plain), ours(ids))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", ["mha", "gqa"])
+def test_logits_at_given_positions_equal_a_full_pass_with_the_rest_masked(monkeypatch, shape):
+    model = make(**METHODS["linear"], **SHAPES[shape])
+    full = random_ids(2, 97)
+    ids = full.gather(1, SKIPPED)
+    logits = model(ids, positions=SKIPPED)
+
+    kept = torch.zeros(2, 97, dtype=torch.bool).scatter(1, SKIPPED, True)
+
+    def masked(q, k, v, **options):
+        """Attention by its definition, to earlier tokens that are in the row."""
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+        scores = q @ k.transpose(-1, -2) / math.sqrt(q.size(-1))
+        visible = torch.ones(97, 97, dtype=torch.bool).tril() & kept[:, None, None, :]
+        return scores.masked_fill(~visible, -1e9).softmax(-1) @ v
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", masked)
+    rows = torch.arange(2)[:, None]
+    torch.testing.assert_close(logits, model(full)[rows, SKIPPED], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["full", "selective", "compiled"])
+def test_gradients_at_given_positions_however_blocks_are_run(mode):
+    model, ids = make(**METHODS["yarn"]), random_ids(*SKIPPED.shape)
+    gradients = []
+    for changed in (False, True):
+        if changed and mode == "compiled":
+            for block in model.layers:
+                block.compile(backend="eager")
+        elif changed:
+            model.checkpoint_activations = mode
+        model.zero_grad()
+        model(ids, ids, positions=SKIPPED).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    torch._dynamo.reset()
+
+
+# GQA where no fast kernel lets heads share keys
+
+
+@pytest.mark.parametrize("device, dtype, major, masked, shared", [
+    ("cpu", torch.float32, 0, False, True), ("cuda", torch.float32, 9, False, False),
+    ("cuda", torch.bfloat16, 8, False, True), ("cuda", torch.bfloat16, 9, True, False),
+    ("cuda", torch.float16, 7, False, False), ("cuda", torch.float16, 9, False, True),
+])  # fmt: skip
+def test_key_heads_are_repeated_where_flash_attention_can_not_run(monkeypatch, device, dtype, major, masked, shared):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
+    q = SimpleNamespace(device=torch.device(device), dtype=dtype)
+    assert shares_key_heads(q, object() if masked else None) == shared
+
+
+@pytest.mark.parametrize("shape", ["mha", "gqa", "mqa"])
+def test_repeated_key_heads_change_nothing(monkeypatch, shape):
+    ids, given, results = random_ids(2, 24), [], []
+    real = F.scaled_dot_product_attention
+
+    def spy(q, k, v, **options):
+        given.append((k.size(1), options["enable_gqa"]))
+        return real(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    for shared in (True, False):
+        monkeypatch.setattr("model.shares_key_heads", lambda q, mask: shared)
+        model = make(**SHAPES[shape])
+        model(ids, ids).backward()
+        cache = KVCache(model.config, 2, 24, ids.device, torch.float32)
+        pieces = [model(piece, cache=cache).detach() for piece in ids.split([10, 13, 1], dim=1)]
+        results.append([*pieces, *(p.grad for p in model.parameters())])
+        heads = 4 if shape == "mha" or not shared else model.config.n_kv_head
+        assert set(given) == {(heads, heads < 4)}
+        given.clear()
+    for shared, repeated in zip(*results):
+        torch.testing.assert_close(repeated, shared, rtol=1e-4, atol=1e-5)
 
 
 # The KV cache

@@ -82,6 +82,16 @@ def test_several_processes_equal_one(inits, alone, engine, processes, activation
     assert_equal_weights(out, alone[tied], 5e-3)
 
 
+def test_skipped_positions_on_two_processes(inits):
+    flags = [*QUICK, "--init", inits[False], "--scale", "2", "--row_tokens", "64", "--max_iters", "5"]
+    train.main([*flags, "--out", "skipped-alone"])
+    for engine in ("ddp", "fsdp"):
+        out = Path(f"skipped-{engine}").resolve()
+        done = script(*flags, "--dist", engine, "--out", str(out), processes=2)
+        assert done.returncode == 0, done.stderr
+        assert losses(out) == pytest.approx(losses(Path("skipped-alone")), abs=5e-5)
+
+
 def test_summaries_weigh_by_their_tokens_however_the_batch_is_cut(inits):
     """Summaries of unequal length: a mean of the micro batches' means would differ."""
     reports = [("the cat sat on the mat. " * (i % 4 + 1), "cat " * (3 * i % 11 + 1)) for i in range(12)]

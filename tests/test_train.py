@@ -4,6 +4,7 @@ Several processes, and what can happen to a run: test_parallel.py."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from conftest import log
 from parallel import states
 from tokenizer import load_tokenizer
 from model import PRESETS, LLaMA, LLaMAConfig
+from trainset import TextData
 
 pytestmark = pytest.mark.usefixtures("workplace")
 ROOT = Path(__file__).parent.parent
@@ -337,6 +339,87 @@ def test_no_passkey_beyond_the_original_window_in_fine_tuning(base, monkeypatch)
     assert tokens[True] == 2 * 8 * 512 and tokens[False] >= 2 * 8 * 512
 
 
+EXTEND = ["--scale", "2", "--max_iters", "4", "--learning_rate", "1e-3", "--decay", "constant"]
+
+
+def test_rows_of_the_window_are_the_usual_ones(base):
+    extend = ["--init", str(base), *EXTEND]
+    usual = run(Path("usual"), *extend)
+    whole = run(Path("whole-rows"), *extend, "--row_tokens", "512")
+    assert [row["loss"] for row in whole] == [row["loss"] for row in usual]
+    ours, theirs = load_file("whole-rows/model.safetensors"), load_file("usual/model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_short_rows_with_skipped_positions(base, monkeypatch, capsys):
+    """The model gets the positions; the log counts the tokens of short rows; resuming is exact."""
+    seen = []
+    real = LLaMA.rope_cos_sin
+
+    def spy(self, ids, cache=None, positions=None):
+        seen.append((ids.shape, positions))
+        return real(self, ids, cache, positions)
+
+    monkeypatch.setattr(LLaMA, "rope_cos_sin", spy)
+    extend = ["--init", str(base), *EXTEND]
+    rows = run(Path("short"), *extend, "--row_tokens", "64")
+    assert "4 steps of 6 x 64 tokens with skipped positions" in capsys.readouterr().err
+    assert [row["tokens"] for row in rows] == [6 * 64 * i for i in range(1, 5)]
+    given = [positions for shape, positions in seen if shape == (2, 64)]
+    assert len(given) == 4 * 3 and max(positions.max() for positions in given) > 400
+    assert all(positions.max() < 512 for positions in given)
+    assert seen[-1] == (torch.Size([1, 512]), None)  # validation reads whole windows
+
+    run(Path("cut"), *extend, "--row_tokens", "64", "--max_iters", "2")
+    train.main(["--resume", "--out", "cut", "--max_iters", "4"])
+    assert losses(log(Path("cut"))) == losses(rows)
+
+    # The control has the same rows, but its text and its positions go on
+    seen.clear()
+    control = run(Path("no-skip"), *extend, "--row_tokens", "64", "--no_skip")
+    assert all(positions is None for _, positions in seen)
+    assert all(a != b for a, b in zip(losses(control), losses(rows)))
+
+
+def test_short_documents_are_left_out(base, capsys):
+    """Rows that no short document can be part of; the line that says what is left out."""
+    Path("texts").mkdir()
+    for i in range(12):
+        Path(f"texts/{i}.txt").write_text(("short " * 9 if i % 2 else "a long line of text\n" * 400))
+    flags = ["--init", str(base), *EXTEND, "--data", "texts", "--min_tokens", "200"]
+    train.main([*QUICK, "--out", "long-documents", *flags])
+    error = capsys.readouterr().err
+    assert re.search(r"--min_tokens 200: [3-6] of \d+ documents, with \d% of the tokens", error), error
+    tokenizer = load_tokenizer(base)
+    args = train.parse("", flags)
+    config = checkpoint.read_config(base, scale=2)
+    train.fill_in_recipe(args, config, world=1)
+    (part,) = train.batch_parts(args, config)
+    rows = TextData(args, config, tokenizer).rows(0, part, range(20))
+    texts = [tokenizer.decode(row.tolist()) for row in rows.ids]
+    assert all("long" in text and "short" not in text for text in texts)
+    assert (rows.ids == config.bos_id).sum(dim=1).max() <= 1  # no row has parts of two documents
+
+
+@pytest.mark.parametrize("row_tokens, lengths, rows", [
+    (None, [1024, 256], [4, 16]), (512, [512, 256], [8, 16]), (256, [256, 256], [16, 16]),
+    (64, [64, 256], [64, 16]),
+])  # fmt: skip
+def test_a_small_models_batch_stays_half_text_and_half_retrieval(row_tokens, lengths, rows):
+    config = LLaMAConfig.preset("tiny", block_size=1024, rope="linear", scale=4)
+    args = train.parse("", ["--init", "base", "--scale", "4"])
+    args.row_tokens = row_tokens
+    train.fill_in_recipe(args, config, world=1)
+    parts = train.batch_parts(args, config)
+    assert [part.length for part in parts] == lengths and [part.rows for part in parts] == rows
+    assert [part.window for part in parts] == [1024 if row_tokens else 0, 0]
+    assert args.micro_batch_size == 16384 // max(lengths)
+    args.no_skip = True
+    assert train.batch_parts(args, config)[0].window == 0
+    args.min_tokens = 10
+    assert train.batch_parts(args, config)[0].window == lengths[0]
+
+
 def test_the_papers_recipe_from_7b_on():
     seven = train.recipe(LLaMAConfig.preset("llama-7b"), scratch=False)
     assert seven == train.Recipe(1000, 64, 2e-5, 20, decay="constant", mix="text")
@@ -379,13 +462,20 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_overwritten(base):
     (["--save_at", "1,b"], ["--save_at", "'b'"]),
     (["--device", "warp"], ["--device warp"]),
     (["--data", "missing.txt"], ["missing.txt"]),
+    (["--init", "BASE", "--scale", "2", "--row_tokens", "1"], ["--row_tokens", "at least 2"]),
+    (["--init", "BASE", "--scale", "2", "--row_tokens", "513"], ["--row_tokens 513", "512"]),
+    (["--row_tokens", "64"], ["--row_tokens 64", "--scale"]),
+    (["--min_tokens", "90000"], ["(for training)", "90,000", "--min_tokens"]),
+    (["--init", "BASE", "--scale", "2", "--no_skip"], ["--no_skip", "--row_tokens"]),
+    (["--init", "BASE", "--scale", "2", "--row_tokens", "64", "--mix", "retrieval", "--batch_size", "4"],
+     ["--batch_size 4", "at least 8"]),
     (["--init", "BASE", "--scale", "-2"], ["scale", "-2"]),
     (["--init", "BASE", "--scale", "inf"], ["scale", "inf"]),
     (["--init", "BASE", "--scale", "0.5"], ["scale", "0.5"]),
     (["--init", "BASE", "--scale", "2", "--rope", "spiral"], ["spiral", "yarn"]),
     (["--init", "BASE", "--scale", "2", "--rope", "dynamic"], ["--rope dynamic", "another"]),
     (["--init", "BASE", "--out", "BASE"], ["--resume", "--overwrite"]),
-    (["--init", "BASE", "--scale", "1000", "--data", TEXT[0]], ["tokens", "don't fill"]),
+    (["--init", "BASE", "--scale", "1000", "--data", TEXT[0]], ["rope.py (for training)", "tokens", "don't fill"]),
     (["--out", "BASE/config.json/under"], ["config.json"]),
     (["--init", "BASE", "--summary_field", "summary", "--data", TEXT[0]], [".jsonl"]),
     (["--summary_field", "summary"], ["--summary_field", "--init"]),
@@ -440,3 +530,7 @@ def test_the_plan_reads_no_weights(capsys, monkeypatch):
     assert "activations recomputed: selective" in capsys.readouterr().out
     train.main([*shape, "--checkpoint_activations", "none"])
     assert "does not fit" in capsys.readouterr().out
+    train.main([*shape, "--row_tokens", "2048"])
+    text = capsys.readouterr().out
+    for words in ("64 x 2,048: 131,072,000 tokens", "8 x 2,048 tokens at a time"):
+        assert words in text, text

@@ -8,7 +8,7 @@ import torch
 
 import trainset
 from batches import Mix
-from trainset import Part, prefetch, process_batch
+from trainset import MicroBatch, Part, prefetch, process_batch
 
 
 class CountingRows:
@@ -16,14 +16,14 @@ class CountingRows:
 
     def rows(self, step, part, indices):
         ids = torch.tensor([[step, part.length, index] for index in indices])
-        return ids, ids + 1
+        return MicroBatch(ids, ids + 1)
 
 
 PARTS = [Part(512, 6, Mix()), Part(256, 12, Mix(passkey=1.0))]
 
 
 def drawn(batch):
-    return [tuple(row.tolist()) for ids, _ in batch for row in ids]
+    return [tuple(row.tolist()) for rows in batch for row in rows.ids]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -35,7 +35,7 @@ def test_the_shares_of_the_processes_make_up_the_global_batch(monkeypatch, world
         share = process_batch(CountingRows(), 7, PARTS, micro_batch_size=2, pin=False)
         assert len(drawn(share)) == 18 // world
         # Micro batches of the shorter rows have as many tokens, and so more rows
-        assert all(len(ids) <= 2 * 512 // ids[0, 1] for ids, _ in share)
+        assert all(len(rows.ids) <= 2 * 512 // rows.ids[0, 1] for rows in share)
         rows += drawn(share)
     # Indices go on from one part to the next, so that no two rows of a step share one
     expected = [(7, 512, i) for i in range(6)] + [(7, 256, i) for i in range(6, 18)]

@@ -157,7 +157,7 @@ def draw_circle(
 
 
 def draw_arc(axis: Axes, start: float, end: float, **look) -> None:
-    """Draw an arc of the unit circle between two angles in radians, a circle from a full turn on."""
+    """Draw an arc of the unit circle between two angles in radians; a full turn is a circle."""
     end = min(end, start + 2 * math.pi)
     arc = Arc((0, 0), 2, 2, theta1=math.degrees(start), theta2=math.degrees(end), **look)
     axis.add_patch(arc)
@@ -165,7 +165,8 @@ def draw_arc(axis: Axes, start: float, end: float, **look) -> None:
 
 def draw_arrow(axis: Axes, radians: float, color: str, linewidth: float) -> None:
     tip = (0.86 * math.cos(radians), 0.86 * math.sin(radians))
-    arrow = {"arrowstyle": "-|>", "color": color, "linewidth": linewidth, "shrinkA": 0, "shrinkB": 0}
+    arrow = {"arrowstyle": "-|>", "color": color, "linewidth": linewidth, "shrinkA": 0}
+    arrow["shrinkB"] = 0  # the tip is not moved
     axis.annotate("", xy=tip, xytext=(0, 0), arrowprops=arrow)
 
 
@@ -232,7 +233,7 @@ BLOCK_END = "\n</script>"
 
 
 def page_numbers() -> dict:
-    """What the page reads: the heads of known models, and frequencies from rope.py to check with."""
+    """What the page reads: the heads of known models, and frequencies of rope.py to check by."""
     presets = []
     checks = []
     for name in PRESETS:

@@ -87,6 +87,21 @@ def sample_batch(
     return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 
 
+def sample_positions(
+    length: int, window: int, step: int, indices: Iterable[int], *, seed: int
+) -> Tensor:
+    """Skipped positions below `window` for the rows `indices` of a step, (B, length) int64.
+
+    They are for rows of sample_batch, whose tokens don't depend on them.
+    """
+    rows = []
+    for index in indices:
+        # The row's tokens have the generator without the last number
+        rng = np.random.default_rng([seed, step, int(index), 1])
+        rows.append(skipped_positions(length, window, rng))
+    return torch.from_numpy(np.stack(rows))
+
+
 def row_generator(seed: int, step: int, index: int) -> np.random.Generator:
     """Where all random numbers of a row come from."""
     return np.random.default_rng([seed, step, int(index)])

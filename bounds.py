@@ -44,7 +44,7 @@ PRESETS = {  # RoPE as the models were pre-trained with it
     "llama": {"head_dim": 128, "theta": 10000.0, "window": 2048},  # LLaMA 1, the paper's model
     "llama3": {"head_dim": 128, "theta": 500000.0, "window": 8192},
     "smollm2": {"head_dim": 64, "theta": 100000.0, "window": 8192},
-    "tiny": {"head_dim": 32, "theta": 10000.0, "window": 256},
+    "tiny": {"head_dim": 64, "theta": 2000.0, "window": 256},
 }
 # The last distance of the paper's figure 5, and the longest window that the paper extends to
 PAPER_RANGES = (4096, 32768)

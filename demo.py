@@ -34,8 +34,8 @@ from hf_config import extend
 from model import LLaMA
 from parallel import states
 from tokenizer import Tokenizer
+from train_flags import SHIPPED_BASE
 
-SHIPPED_BASE = Path(__file__).parent / "assets" / "base"
 METHODS = {"PI": "linear", "direct": "none", "NTK": "ntk", "YaRN": "yarn"}  # name: its --rope
 
 

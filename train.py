@@ -79,8 +79,8 @@ def recipe(config: LLaMAConfig, scratch: bool, row_tokens: int | None = None) ->
     if scratch:
         return Recipe(2200, 16, 4e-3, 50, decay="linear", mix="retrieval")
     # So small a model forgets retrieval within tens of fine-tuning steps on text alone. So half of
-    # its training tokens are retrieval rows, which have the original length: no passkey in training
-    # is farther away than the original window, and what the model finds beyond was not trained.
+    # its training tokens are retrieval rows. They have the original length, so no key in training
+    # has more than the original window between it and the question.
     if config.n_params <= 20e6:
         rows = max(2, 8192 // (row_tokens or config.block_size))  # 8,192 tokens a step
         return Recipe(200, rows, 1e-3, 20, decay="linear", mix="retrieval")
@@ -149,18 +149,21 @@ def batch_parts(args: argparse.Namespace, config: LLaMAConfig, step: int = 0) ->
         retrieval = batches.Mix(passkey=0.4 * share, repeat=0.3 * share)
         return [Part(window, args.batch_size, retrieval)]
 
-    # Extending: half of the tokens are text for the extended window, half are retrieval rows at the
-    # original one. In pre-training a passkey row often has many keys (dense) or several prompts.
-    # Here each has one prompt with one key (dense 0, alone 1). With several keys the model would
-    # learn to look back only as far as the last one.
+    # Extending: half of the tokens are text for the extended window, half are retrieval rows of the
+    # original length. Their positions are skipped, so that they reach through the extended window:
+    # with near keys alone the model would learn that all keys are near. In pre-training a passkey
+    # row often has many keys (dense) or several prompts. Here each has one prompt with one key
+    # (dense 0, alone 1). With several keys the model would learn to look back only as far as the
+    # last one.
     text_rows = args.batch_size // 2
     retrieval_rows = (args.batch_size - text_rows) * (window // original_window)
     if args.row_tokens < window:
         retrieval_rows = (args.batch_size - text_rows) * args.row_tokens // original_window
     retrieval = batches.Mix(passkey=0.8, repeat=0.2, dense=0.0, alone=1.0)
+    retrieval_reach = 0 if args.no_skip else window
     return [
         Part(args.row_tokens, text_rows, text, reach),
-        Part(original_window, retrieval_rows, retrieval)
+        Part(original_window, retrieval_rows, retrieval, retrieval_reach)
     ]
 
 

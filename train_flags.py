@@ -13,6 +13,7 @@ from parallel import newest_state, states, step_of
 from prompts import PAPER_INPUT
 from trainset import Part
 
+SHIPPED_BASE = Path(__file__).parent / "assets" / "base"
 BY_SIZE = "; default: by the model's size, see train.recipe"
 
 
@@ -48,7 +49,7 @@ def add_training_flags(parser: Parser) -> None:
     add = parser.add_argument_group("what is trained").add_argument
     add("--init",
         help=f"{CHECKPOINT_FORMS}; or scratch; "
-        "default: the newest base in out/ with --scale or --rope, else scratch")
+        "default: scratch, or with --scale or --rope the newest base in out/, else assets/base")
     add("--preset", default="tiny", choices=PRESETS, help="the shape, when --init is scratch")
     add_model_flags(parser)
 
@@ -63,7 +64,7 @@ def add_training_flags(parser: Parser) -> None:
         help="tokens of a row of text, at most the window's; shorter rows have skipped positions "
         "that reach through the window (PoSE); --batch_size counts these rows; default: the window")
     add("--no_skip", action="store_true",
-        help="with --row_tokens: positions 0, 1, 2, ... in short rows too, for comparison")
+        help="positions 0, 1, 2, ... in short rows too (--row_tokens, --mix retrieval), to compare")
     add("--summary_field",
         help="learn to write summaries: rows of --data (.jsonl, .parquet) have a document in "
         "--document_field and its summary here; the loss is on the summary alone")
@@ -127,12 +128,7 @@ def choose_init(parser: Parser, args: argparse.Namespace) -> None:
         args.init = args.init or "scratch"
         return
     if args.init is None and extends:
-        bases = find_bases()
-        if not bases:
-            parser.error(
-                "--scale and --rope extend a model, and out/base isn't there: make it with "
-                "`python train.py`, or give --init"
-            )
+        bases = find_bases() or [SHIPPED_BASE]
         args.init = str(bases[-1])
     if args.init is None:
         args.init = "scratch"
@@ -156,6 +152,8 @@ def base_notes(init: str) -> list[str]:
     bases = [str(base) for base in find_bases()]
     if len(bases) > 1 and init == bases[-1]:
         notes.append(f"--init {init}: the newest of the {len(bases)} bases that are here")
+    if init == str(SHIPPED_BASE):
+        notes.append(f"--init {init}: the tiny base that comes with the code")
     found = states(Path(init))
     if found:
         step = step_of(found[-1])
@@ -198,7 +196,9 @@ def check_row_tokens(args: argparse.Namespace, config: LLaMAConfig) -> None:
             f"--row_tokens {args.row_tokens}: with --summary_field a row is a whole report: leave "
             "--row_tokens out"
         )
-    if args.no_skip and args.row_tokens == window:
+    extends = config.original_window < window
+    short_rows = args.row_tokens < window or (args.mix == "retrieval" and extends)
+    if args.no_skip and not short_rows:
         raise ValueError("--no_skip is about short rows: give --row_tokens below the window too")
 
 

@@ -24,7 +24,7 @@ class Part(NamedTuple):
     length: int
     rows: int
     mix: batches.Mix
-    window: int = 0  # not 0: rows of batches.sample_text, with positions below it
+    window: int = 0  # not 0: positions are skipped, and lie below it
 
 
 class MicroBatch(NamedTuple):
@@ -68,16 +68,22 @@ class TextData:
 
     def rows(self, step: int, part: Part, indices: range) -> MicroBatch:
         """Some rows of a step's global batch."""
+        # Text with skipped positions is skipped as well: it goes on later in its document
+        if part.window and part.mix == batches.Mix():
+            return MicroBatch(
+                *batches.sample_text(
+                    self.train, part.length, part.window, step, indices, seed=self.seed
+                )
+            )
+        ids, targets = batches.sample_batch(
+            self.train, self.tokenizer, part.length, step, indices, seed=self.seed, mix=part.mix
+        )
+        positions = None
         if part.window:
-            rows = batches.sample_text(
-                self.train, part.length, part.window, step, indices, seed=self.seed
+            positions = batches.sample_positions(
+                part.length, part.window, step, indices, seed=self.seed
             )
-        else:
-            rows = batches.sample_batch(
-                self.train, self.tokenizer, part.length, step, indices, seed=self.seed,
-                mix=part.mix
-            )
-        return MicroBatch(*rows)
+        return MicroBatch(ids, targets, positions)
 
     def held_out(self, index: int) -> tuple[Tensor, Tensor]:
         """A row of validation text."""

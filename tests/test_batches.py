@@ -9,7 +9,8 @@ import torch
 
 import prompts
 from batches import (
-    Mix, PasskeyWriter, check_reports, long_documents, sample_batch, sample_reports, sample_text
+    Mix, PasskeyWriter, check_reports, long_documents, sample_batch, sample_positions,
+    sample_reports, sample_text
 )
 from conftest import FORMS, TEXTS, english
 from data import Corpus, load_corpus
@@ -191,6 +192,18 @@ def test_skipped_rows_are_a_pure_function_of_seed_step_and_index():
 
 
 # ---- long documents ------------------------------------------------------------------------------
+
+
+def test_retrieval_rows_may_have_skipped_positions_of_their_own():
+    positions = sample_positions(32, 128, 5, range(200), seed=3)
+    assert positions.shape == (200, 32) and positions.dtype == torch.int64
+    assert (positions[:, 0] == 0).all()
+    assert positions.max() == 127
+    steps = positions.diff(dim=1)
+    assert ((steps > 1).sum(dim=1) <= 1).all() and (steps >= 1).all()
+    # Each row's are its own: the same in any batch, and others in another step
+    assert torch.equal(sample_positions(32, 128, 5, [7], seed=3)[0], positions[7])
+    assert not torch.equal(sample_positions(32, 128, 6, range(200), seed=3), positions)
 
 
 def test_long_documents_are_a_corpus_without_the_others(tok):

@@ -393,7 +393,7 @@ def test_short_documents_are_left_out(base, capsys):
     tokenizer = load_tokenizer(base)
     args = train.parse("", flags)
     config = checkpoint.read_config(base, scale=2)
-    train.fill_in_recipe(args, config, world=1)
+    train.fill_in_recipe(args, config, 1, plan.Machine("cpu", torch.float32, 8e9))
     (part,) = train.batch_parts(args, config)
     rows = TextData(args, config, tokenizer).rows(0, part, range(20))
     texts = [tokenizer.decode(row.tolist()) for row in rows.ids]
@@ -409,13 +409,13 @@ def test_a_small_models_batch_stays_half_text_and_half_retrieval(row_tokens, len
     config = LLaMAConfig.preset("tiny", block_size=1024, rope="linear", scale=4)
     args = train.parse("", ["--init", "base", "--scale", "4"])
     args.row_tokens = row_tokens
-    train.fill_in_recipe(args, config, world=1)
+    train.fill_in_recipe(args, config, 1, plan.Machine("cpu", torch.float32, 8e9))
     parts = train.batch_parts(args, config)
     assert [part.length for part in parts] == lengths and [part.rows for part in parts] == rows
-    assert [part.window for part in parts] == [1024 if row_tokens else 0, 0]
+    assert [part.window for part in parts] == [1024 if row_tokens else 0, 1024]
     assert args.micro_batch_size == 16384 // max(lengths)
     args.no_skip = True
-    assert train.batch_parts(args, config)[0].window == 0
+    assert [part.window for part in train.batch_parts(args, config)] == [0, 0]
     args.min_tokens = 10
     assert train.batch_parts(args, config)[0].window == lengths[0]
 
@@ -466,7 +466,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_overwritten(base):
     (["--init", "BASE", "--scale", "2", "--row_tokens", "513"], ["--row_tokens 513", "512"]),
     (["--row_tokens", "64"], ["--row_tokens 64", "--scale"]),
     (["--min_tokens", "90000"], ["(for training)", "90,000", "--min_tokens"]),
-    (["--init", "BASE", "--scale", "2", "--no_skip"], ["--no_skip", "--row_tokens"]),
+    (["--init", "BASE", "--scale", "2", "--no_skip", "--mix", "text"], ["--no_skip", "--row_tokens"]),
     (["--init", "BASE", "--scale", "2", "--row_tokens", "64", "--mix", "retrieval", "--batch_size", "4"],
      ["--batch_size 4", "at least 8"]),
     (["--init", "BASE", "--scale", "-2"], ["scale", "-2"]),

@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-from train_flags import base_notes, find_bases, parse
+import checkpoint
+from train_flags import SHIPPED_BASE, base_notes, find_bases, parse
 
 
 def make_base(folder, age):
@@ -47,14 +48,16 @@ def test_an_unfinished_base_is_noted(tmp_path):
     assert base_notes("owner/name") == []
 
 
-def test_without_a_base_one_line_says_how_to_make_one(tmp_path, monkeypatch, capsys):
+def test_where_no_base_was_made_the_one_that_comes_with_the_code_is_extended(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        parse("", ["--scale", "2"])
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and "`python train.py`" in lines[0]
+    init = parse("", ["--scale", "2"]).init
+    assert init == str(SHIPPED_BASE)
+    assert checkpoint.read_config(init).block_size == 256
+    [note] = base_notes(init)
+    assert "the tiny base that comes with the code" in note
     assert parse("", []).init == "scratch"
+    with pytest.raises(SystemExit):
+        parse("", ["--scale", "2", "--init", "scratch"])
 
 
 def test_a_resumed_run_has_its_flags_unless_they_are_given_anew(tmp_path):

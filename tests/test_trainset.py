@@ -3,12 +3,18 @@
 import threading
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import trainset
-from batches import Mix
+from batches import Mix, sample_positions
+from data import Corpus
+from tokenizer import train_tokenizer
 from trainset import MicroBatch, Part, prefetch, process_batch
+
+
+TEXT = "".join(f"line {i}: the sky is {i % 7} times blue\n" for i in range(300))
 
 
 class CountingRows:
@@ -40,6 +46,23 @@ def test_the_shares_of_the_processes_make_up_the_global_batch(monkeypatch, world
     # Indices go on from one part to the next, so that no two rows of a step share one
     expected = [(7, 512, i) for i in range(6)] + [(7, 256, i) for i in range(6, 18)]
     assert sorted(rows) == sorted(expected)
+
+
+def test_rows_of_a_mix_keep_their_tokens_where_positions_are_skipped():
+    """The positions of retrieval rows are those of the row's index, and change nothing else."""
+    source = trainset.TextData.__new__(trainset.TextData)
+    tokenizer = train_tokenizer([TEXT], 300)
+    source.seed = 1
+    source.tokenizer = tokenizer
+    tokens = np.array(tokenizer.encode(TEXT))
+    source.train = Corpus("text", tokens, np.array([0, len(tokens)]), False, False)
+    mix = Mix(passkey=0.5, repeat=0.3)
+    plain = source.rows(4, Part(64, 8, mix), range(8))
+    skipped = source.rows(4, Part(64, 8, mix, window=256), range(8))
+    assert torch.equal(plain.ids, skipped.ids) and torch.equal(plain.targets, skipped.targets)
+    assert plain.positions is None
+    expected = sample_positions(64, 256, 4, range(8), seed=1)
+    assert torch.equal(skipped.positions, expected) and expected.max() > 63
 
 
 def test_prefetch_gives_each_step_once_and_makes_the_next_one_meanwhile():

@@ -128,6 +128,7 @@ def _tokenize(path: Path, texts: Iterator[str], tokenizer: Tokenizer, characters
     characters: the length of all texts, for the progress bar.
     """
     shards = []
+    lengths = []  # of the documents in each shard, in tokens
     n_documents = 0
     with tqdm(total=characters, desc="tokenizing", unit="char", unit_scale=True) as bar:
         while True:
@@ -136,17 +137,31 @@ def _tokenize(path: Path, texts: Iterator[str], tokenizer: Tokenizer, characters
             found = _open_corpus(shard, "", tokenizer)
             if found is not None:
                 # It is there already: pass over its texts
-                taken = list(islice(texts, len(found.starts) - 1))
+                starts = found.starts
+                taken = list(islice(texts, len(starts) - 1))
             else:
                 taken = _texts_of_a_shard(texts)
                 if not taken:
                     break
                 documents = _encode(taken, tokenizer)
-                _write(shard, documents, [len(document) for document in documents])
+                starts = _starts([len(document) for document in documents])
+                _write(shard, documents, starts)
             shards.append(shard)
+            lengths.append(np.diff(starts))
             n_documents += len(taken)
             bar.update(sum(len(text) for text in taken))
-    _join(path, shards, tokenizer)
+
+    # Join the shards. Each is closed before the next one is opened, because a process may not have
+    # thousands of files open.
+    pieces = (_read_tokens(shard, tokenizer) for shard in shards)
+    try:
+        _write(path, pieces, _starts(np.concatenate(lengths)))
+    except FileNotFoundError:
+        # Another process has joined the same shards and removed them
+        if not path.is_file():
+            raise
+    for shard in shards:
+        shard.unlink(missing_ok=True)
 
 
 def _texts_of_a_shard(texts: Iterator[str]) -> list[str]:
@@ -168,25 +183,21 @@ def _encode(texts: list[str], tokenizer: Tokenizer) -> list[np.ndarray]:
     return [np.array(bos + ids + eos, dtype) for ids in tokenizer.encode_batch(texts)]
 
 
-def _join(path: Path, shards: list[Path], tokenizer: Tokenizer) -> None:
-    """Make one cache file of all shards, and remove them."""
-    parts = [_open_corpus(shard, "", tokenizer) for shard in shards]
-    # Where a shard is gone, another process has made the file from it already
-    if None not in parts:
-        lengths = np.concatenate([np.diff(part.starts) for part in parts])
-        _write(path, (part.tokens for part in parts), lengths)
-    for shard in shards:
-        shard.unlink(missing_ok=True)
+def _starts(lengths: Sequence[int]) -> np.ndarray:
+    """Where each document begins, and where the last one ends: (n_documents + 1,) int64."""
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
-def _write(path: Path, pieces: Iterable[np.ndarray], lengths: Sequence[int]) -> None:
-    """Write a cache file.
+def _read_tokens(path: Path, tokenizer: Tokenizer) -> np.ndarray:
+    """The tokens of a cache file, in memory."""
+    n_tokens = np.fromfile(path, np.int64, 3)[2]
+    return np.fromfile(path, _token_type(tokenizer), n_tokens, offset=HEADER_BYTES)
 
-    pieces: its tokens, one piece after another.  lengths: the number of tokens of each document.
-    """
-    starts = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=starts[1:])
-    header = np.array([FORMAT, len(lengths), starts[-1]], np.int64)
+
+def _write(path: Path, pieces: Iterable[np.ndarray], starts: np.ndarray) -> None:
+    """Write a cache file. pieces: its tokens, one piece after another."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
-        for array in (header, *pieces, starts):
-            file.write(array)
+        file.write(np.array([FORMAT, len(starts) - 1, starts[-1]], np.int64))
+        for piece in pieces:
+            file.write(piece)
+        file.write(starts)

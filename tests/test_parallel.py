@@ -152,7 +152,7 @@ def test_two_processes_write_the_files_of_one(inits, tmp_path):
     """And of what they gather, process 0 holds a file's weights at most, the other one nothing."""
     cases = [(True, None, "5GB"), (False, "float32", "300KB"), (False, "bfloat16", "200KB")]
     (tmp_path / "probe.py").write_text(f"""
-import json, os, sys, weakref
+import json, sys, weakref
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 import torch, torch.distributed as dist

@@ -469,19 +469,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: a GPU where there is one")
     add("--dtype", default="auto", choices=dtypes, help="auto: bfloat16 where the GPU has it")
     add("--out", default="out/bench", help="the folder of bench.json and bench.png")
-    add("--json", type=cli.file_name(".json"), help="the results; default: in --out")
-    add("--plot", type=cli.file_name(*cli.PICTURES), help="the picture; default: in --out")
     args = parser.parse_args(argv)
 
     if not args.windows:
         raise ValueError("--windows is empty: give at least one")
     if "decode" in args.tasks and args.new_tokens >= args.windows[0]:
         raise ValueError(f"--new_tokens must be below the smallest window, {args.windows[0]}")
-    args.json = args.json or Path(args.out) / "bench.json"
-    args.plot = args.plot or Path(args.out) / "bench.png"
-    for path in (args.json, args.plot):
-        if not cli.can_be_written(path):
-            raise ValueError(f"{path} can't be written: give another --out")
+    if not cli.can_be_written(Path(args.out) / "bench.json"):
+        raise ValueError(f"{args.out} can't be written into: give another --out")
     return args
 
 
@@ -547,11 +542,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     print(f"the same model: logits differ by at most {max(differences):.1g} standard deviations\n")
     print(results_table(rows))
-    cli.write_json(args.json, result)
+    out = Path(args.out)
+    cli.write_json(out / "bench.json", result)
     figure, axes = plots.new_figure(2)
     plots.draw_speed_ratios(axes, rows)
-    plots.save_figure(figure, args.plot)
-    print(f"written: {args.json}, {args.plot}")
+    plots.save_figure(figure, out / "bench.png")
+    print(f"written: {out / 'bench.json'}, {out / 'bench.png'}")
 
 
 if __name__ == "__main__":

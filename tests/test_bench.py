@@ -284,7 +284,6 @@ BAD_FLAGS = [
     (["--n_layer", "0"], "n_layer"),
     (["--preset", "llama-8b"], "--preset"),
     (["--device", "abacus"], "--device abacus"),
-    (["--plot", "bench.txt"], "--plot"),
     (["--checkpoint_activations", "some"], "--checkpoint_activations"),
 ]
 

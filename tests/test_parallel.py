@@ -243,6 +243,31 @@ dist.destroy_process_group()
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("flag", ["auto", "cuda", "cuda:0"])
+def test_each_process_takes_the_gpu_of_its_number(flag, monkeypatch):
+    """Also where --resume finds another process's GPU among the run's flags."""
+    monkeypatch.setenv("RANK", "11")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(parallel, "device_and_dtype", calls.append)
+    for name in ("init_process_group", "barrier", "destroy_process_group"):
+        monkeypatch.setattr(torch.distributed, name, lambda *args: None)
+    with parallel.process_group(flag) as device:
+        assert device == "cuda:3"
+    assert calls == ["cuda:3", "cuda:3"]
+
+
+def test_compiled_blocks_leave_ddp_whole(inits, monkeypatch):
+    """Dynamo's own splitting for DDP crashes with selective activation checkpointing."""
+    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
+    args = train.parse(train.__doc__, ["--init", inits[False], "--compile", "--device", "cpu"])
+    config = checkpoint.read_config(args.init)
+    train.build_model(args, config, "alone", torch.device("cpu"), torch.float32)
+    assert not torch._dynamo.config.optimize_ddp
+
+
 # ---- what can happen to a run ------------------------------------------------------------------------------------
 
 

@@ -369,7 +369,15 @@ def compare(
         # waits for memory rather than for arithmetic
         if task == "train" and peak is not None:
             figures["mfu"] = speed * cost.flops_per_token(settings.config, window) / peak
+        if task == "decode":
+            figures["bytes_per_second"] = speed / settings.batch_size * decoded_bytes(settings)
         row[name] = figures
+    if task == "train":
+        needs = cost.memory(
+            settings.config, tokens, dtype=settings.dtype, device_type=settings.device.type,
+            checkpoint_activations=settings.checkpoint_activations
+        )
+        row["planned_memory"] = needs["peak"]
 
     # The two sides' calls of one round are neighbors in time, so their ratios show the noise
     ours = row["ours"]
@@ -382,11 +390,18 @@ def compare(
     return row
 
 
+def decoded_bytes(settings: Settings) -> int:
+    """Bytes of the weights that one token of each sequence takes: all but the embedding's rows."""
+    config = settings.config
+    embedding = 0 if config.tie_embeddings else config.vocab_size * config.n_embd
+    return settings.dtype.itemsize * (config.n_params - embedding)
+
+
 def results_table(rows: list[dict]) -> str:
     """The rows as text."""
     header = ["task", "window"]
     header += ["ours: tokens/s", "transformers: tokens/s", "ratio (lowest..highest)"]
-    header += ["ours: MB", "transformers: MB", "ratio"]
+    header += ["ours: MB", "by --plan", "transformers: MB", "ratio"]
     lines = []
     for row in rows:
         cells = [row["task"], row["window"]]
@@ -397,11 +412,17 @@ def results_table(rows: list[dict]) -> str:
             cells.append(cell)
         spread = f"{row['speed_ratio_min']:.2f}..{row['speed_ratio_max']:.2f}"
         cells.append(f"{row['speed_ratio']:.2f} ({spread})")
-        for name in SIDES:
-            cells.append(f"{row[name]['memory'] / 1e6:,.0f}")
-        cells.append(f"{row['memory_ratio']:.2f}")
+        planned = "-"
+        if "planned_memory" in row:
+            planned = megabytes(row["planned_memory"])
+        cells += [megabytes(row["ours"]["memory"]), planned]
+        cells += [megabytes(row["transformers"]["memory"]), f"{row['memory_ratio']:.2f}"]
         lines.append(cells)
     return cli.text_table(header, lines)
+
+
+def megabytes(number: float) -> str:
+    return f"{number / 1e6:,.0f}"
 
 
 def machine(device: torch.device) -> dict:
@@ -448,19 +469,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: a GPU where there is one")
     add("--dtype", default="auto", choices=dtypes, help="auto: bfloat16 where the GPU has it")
     add("--out", default="out/bench", help="the folder of bench.json and bench.png")
-    add("--json", type=cli.file_name(".json"), help="the results; default: in --out")
-    add("--plot", type=cli.file_name(*cli.PICTURES), help="the picture; default: in --out")
     args = parser.parse_args(argv)
 
     if not args.windows:
         raise ValueError("--windows is empty: give at least one")
     if "decode" in args.tasks and args.new_tokens >= args.windows[0]:
         raise ValueError(f"--new_tokens must be below the smallest window, {args.windows[0]}")
-    args.json = args.json or Path(args.out) / "bench.json"
-    args.plot = args.plot or Path(args.out) / "bench.png"
-    for path in (args.json, args.plot):
-        if not cli.can_be_written(path):
-            raise ValueError(f"{path} can't be written: give another --out")
+    if not cli.can_be_written(Path(args.out) / "bench.json"):
+        raise ValueError(f"{args.out} can't be written into: give another --out")
     return args
 
 
@@ -526,11 +542,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     print(f"the same model: logits differ by at most {max(differences):.1g} standard deviations\n")
     print(results_table(rows))
-    cli.write_json(args.json, result)
+    out = Path(args.out)
+    cli.write_json(out / "bench.json", result)
     figure, axes = plots.new_figure(2)
     plots.draw_speed_ratios(axes, rows)
-    plots.save_figure(figure, args.plot)
-    print(f"written: {args.json}, {args.plot}")
+    plots.save_figure(figure, out / "bench.png")
+    print(f"written: {out / 'bench.json'}, {out / 'bench.png'}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import io
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, redirect_stderr
 from dataclasses import replace
 from functools import cache
@@ -19,7 +19,7 @@ from operator import attrgetter
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -311,29 +311,22 @@ def _read(path: str | Path, tensors: dict[str, Stored]) -> Iterator[tuple[str, T
 
 def save(
     model: LLaMA, path: str | Path, tokenizer: Tokenizer | None = None, *,
-    dtype: torch.dtype | None = None, max_shard_size: float | str = "5GB"
+    dtype: torch.dtype | None = None, max_shard_size: float | str = "5GB",
+    gather: Callable[[Tensor], Tensor] | None = None
 ) -> None:
     """Write a model, and its tokenizer, as a Hugging Face folder.
 
     dtype: of the weights; None: as in the model.
     max_shard_size: of each weight file, in bytes or as "5GB"; a larger model gets several files
-        and an index.
+        and an index. Beside the model, one file's weights are in memory at a time.
+    gather: makes a weight whole that is shared out among processes. It is called once for each
+        weight, in the order of `saving_order`.
     The folder changes only once all of it is on disk. Raises OSError if the disk is full.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {}
-    for name, parameter in model.named_parameters():
-        if not name.startswith("lm_head"):
-            name = f"model.{name}"
-        weights[name] = parameter.detach()
-
-    # Decide which tensor goes into which file. This takes only shapes and dtypes, so that tensors
-    # on the meta device, which have no memory, can stand for the weights.
-    planned = {}
-    for name, weight in weights.items():
-        planned[name] = torch.empty(weight.shape, dtype=dtype or weight.dtype, device="meta")
-    plan = split_torch_state_dict_into_shards(planned, max_shard_size=max_shard_size)
+    weights = _weights_to_save(model)
+    plan = _plan_files(weights, dtype, max_shard_size)
     files = plan.filename_to_tensors  # file name -> names of its tensors
 
     model_config = model.config
@@ -342,7 +335,7 @@ def save(
         tokenizer = tokenizer.for_model(
             model_config.block_size, model_config.bos_id, model_config.eos_id
         )
-    config = format_config(model_config, next(iter(planned.values())).dtype)
+    config = format_config(model_config, dtype or next(iter(weights.values())).dtype)
     texts = {"config.json": json_text(config)}
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
@@ -354,7 +347,10 @@ def save(
         progress = tqdm(files, f"writing {folder}", unit="file", disable=not plan.is_sharded)
         for file in progress:
             temporary = stack.enter_context(replacing(folder / file))
-            _write_weights({name: weights[name] for name in files[file]}, temporary, dtype)
+            copies = {}
+            for name in files[file]:
+                copies[name] = _on_cpu(weights[name], dtype, gather)
+            _write_weights(copies, temporary)
         for file, text in texts.items():
             temporary = stack.enter_context(replacing(folder / file))
             temporary.write_text(text, encoding="utf-8")
@@ -365,6 +361,49 @@ def save(
     if tokenizer is not None:
         kept.update(tokenizer.files)
     _remove_old_files(folder, kept, with_tokenizer=tokenizer is not None)
+
+
+def saving_order(
+    model: LLaMA, dtype: torch.dtype | None = None, max_shard_size: float | str = "5GB"
+) -> list[Tensor]:
+    """The weights in the order in which `save` with the same arguments writes them."""
+    weights = _weights_to_save(model)
+    plan = _plan_files(weights, dtype, max_shard_size)
+    ordered = []
+    for names in plan.filename_to_tensors.values():
+        ordered += [weights[name] for name in names]
+    return ordered
+
+
+def _weights_to_save(model: LLaMA) -> dict[str, Tensor]:
+    """The weights of a model by their names in a Hugging Face folder."""
+    weights = {}
+    for name, parameter in model.named_parameters():
+        if not name.startswith("lm_head"):
+            name = f"model.{name}"
+        weights[name] = parameter.detach()
+    return weights
+
+
+def _plan_files(
+    weights: dict[str, Tensor], dtype: torch.dtype | None, max_shard_size: float | str
+) -> StateDictSplit:
+    """Which weight goes into which file."""
+    # This takes only shapes and dtypes, so that tensors on the meta device, which have no memory,
+    # can stand for the weights
+    planned = {}
+    for name, weight in weights.items():
+        planned[name] = torch.empty(weight.shape, dtype=dtype or weight.dtype, device="meta")
+    return split_torch_state_dict_into_shards(planned, max_shard_size=max_shard_size)
+
+
+def _on_cpu(
+    weight: Tensor, dtype: torch.dtype | None, gather: Callable[[Tensor], Tensor] | None
+) -> Tensor:
+    """A weight as it is written: whole, on the CPU, in a dtype (None: its own)."""
+    if gather is not None:
+        weight = gather(weight)
+    return weight.to("cpu", dtype).contiguous()
 
 
 def _remove_old_files(folder: Path, kept: set[str], with_tokenizer: bool) -> None:
@@ -389,11 +428,10 @@ def _with_special_ids(config: LLaMAConfig, tokenizer: Tokenizer) -> LLaMAConfig:
     return config
 
 
-def _write_weights(weights: dict[str, Tensor], path: Path, dtype: torch.dtype | None) -> None:
-    """Write tensors as a .safetensors file, in a dtype (None: their own)."""
-    copies = {name: weight.to("cpu", dtype).contiguous() for name, weight in weights.items()}
+def _write_weights(weights: dict[str, Tensor], path: Path) -> None:
+    """Write tensors, which lie on the CPU, as a .safetensors file."""
     try:
-        save_file(copies, path, {"format": "pt"})
+        save_file(weights, path, {"format": "pt"})
     except SafetensorError as error:  # what safetensors makes of a full disk
         raise OSError(str(error)) from None
 

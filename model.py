@@ -126,6 +126,7 @@ _LLAMA2 = dict(vocab_size=32000, block_size=4096, bos_id=1, eos_id=2)
 _LLAMA3 = dict(
     vocab_size=128256, block_size=8192, rope_theta=5e5, n_kv_head=8, bos_id=128000, eos_id=128001
 )
+_TINYLLAMA = dict(vocab_size=32000, block_size=2048, n_kv_head=4, bos_id=1, eos_id=2)
 _SMOLLM2 = dict(
     vocab_size=49152, block_size=8192, rope_theta=1e5, n_kv_head=3, tie_embeddings=True, bos_id=1,
     eos_id=2
@@ -144,6 +145,7 @@ PRESETS = {
     "llama2-70b": _shape(80, 64, 8192, 28672, n_kv_head=8, **_LLAMA2),
     "llama3-8b": _shape(32, 32, 4096, 14336, **_LLAMA3),
     "llama3-70b": _shape(80, 64, 8192, 28672, **_LLAMA3),
+    "tinyllama-1.1b": _shape(22, 32, 2048, 5632, **_TINYLLAMA),
     "smollm2-135m": _shape(30, 9, 576, 1536, **_SMOLLM2),
 }
 

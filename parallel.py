@@ -23,12 +23,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
-)
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
@@ -189,29 +188,29 @@ def sharded(
 
 
 def save_weights(
-    model: torch.nn.Module, folder: Path, tokenizer: Tokenizer, dtype: torch.dtype | None = None
+    model: torch.nn.Module, folder: Path, tokenizer: Tokenizer, dtype: torch.dtype | None = None,
+    max_shard_size: float | str = "5GB"
 ) -> None:
     """Write the weights as a Hugging Face folder, by process 0. All processes call it.
 
-    dtype: of the files; None: as in the model.
+    dtype: of the files; None: as in the model.  max_shard_size: of each file, as in
+    checkpoint.save; process 0 holds one file's weights at a time.
     """
     if isinstance(model, DistributedDataParallel):
         model = model.module
+    gather = None
     if isinstance(model, FSDPModule):
-        # All processes bring their parts together in process 0's memory
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(model, options=options)
-        config = model.config
-        with torch.device("meta"):
-            model = LLaMA(config)
-        if rank() == 0:
-            model.load_state_dict(weights, assign=True)
-            if config.tie_embeddings:
-                # load_state_dict(assign=True) breaks the tie between head and embedding: tie them
-                # again
-                model.lm_head.weight = model.embed_tokens.weight
+        gather = DTensor.full_tensor
+        # After a forward pass without a backward pass, FSDP still holds embedding and head gathered
+        model.reshard()
     if rank() == 0:
-        checkpoint.save(model, folder, tokenizer, dtype=dtype)
+        checkpoint.save(
+            model, folder, tokenizer, dtype=dtype, max_shard_size=max_shard_size, gather=gather
+        )
+    elif gather is not None:
+        # A weight is whole only where all processes bring their parts together, in the same order
+        for weight in checkpoint.saving_order(model, dtype, max_shard_size):
+            gather(weight)
 
 
 # ---- states on disk ------------------------------------------------------------------------------

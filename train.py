@@ -230,6 +230,23 @@ def read_model_config(args: argparse.Namespace) -> tuple[LLaMAConfig, Tokenizer]
     return replace(config, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id), tokenizer
 
 
+def read_data(
+    args: argparse.Namespace, config: LLaMAConfig, tokenizer: Tokenizer
+) -> TextData | ReportData:
+    """What the rows are made of."""
+    if args.summary_field:
+        return ReportData(args, config, tokenizer)
+    return TextData(args, config, tokenizer)
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Download --init and --data and tokenize, so that a run with the same flags finds it all."""
+    config, tokenizer = read_model_config(args)
+    fill_in_recipe(args, config, world=1)
+    read_data(args, config, tokenizer)
+    print("all is ready: now the same flags without --prepare", file=sys.stderr)
+
+
 def dtype_to_save(args: argparse.Namespace) -> torch.dtype:
     """What --save_dtype means: for "auto" 16 bits where --init has them, else float32."""
     if args.save_dtype != "auto":
@@ -371,10 +388,7 @@ def set_up(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -
     if not args.force:
         plan.check_room(args, config, out, machine, save_dtype)
     with process_0_first():
-        if args.summary_field:
-            source = ReportData(args, config, tokenizer)
-        else:
-            source = TextData(args, config, tokenizer)
+        source = read_data(args, config, tokenizer)
 
     # The model, and the paper's optimizer (§3.1)
     engine, _ = plan.choose_engine(args, config, processes(), machine.free)
@@ -490,6 +504,9 @@ def main(argv: list[str] | None = None) -> None:
         notes = fill_in_recipe(args, config, world, machine)
         text = plan.plan(args, config, world, batch_parts(args, config), machine)
         print("\n".join([text, *notes]))
+        return
+    if args.prepare:
+        prepare(args)
         return
     with process_group(args.device) as device_name:
         device, dtype = device_and_dtype(device_name, args.dtype)

@@ -117,6 +117,8 @@ def add_run_flags(parser: Parser) -> None:
     add = parser.add_argument_group("planning").add_argument
     add("--plan", action="store_true",
         help="print what the run takes (memory, tokens, FLOPs) and stop")
+    add("--prepare", action="store_true",
+        help="download and tokenize, with one process and without a GPU, and stop")
     add("--world_size", type=at_least(1), help="number of processes; default: torchrun's, or 1")
     add("--device_memory", type=at_least(0.0), help="GB of a GPU; default: what is free here")
 

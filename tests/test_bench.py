@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import bench
+import cost
 from conftest import assert_refused
+from model import LLaMA
 
 TINY = ["--vocab_size", "300", "--n_layer", "2", "--n_head", "4", "--n_kv_head", "2"]
 TINY += ["--n_embd", "32", "--intermediate_size", "48", "--device", "cpu"]
@@ -96,12 +98,25 @@ def test_ratios_are_the_quotients_of_what_is_printed(finished):
         assert row["memory_ratio"] == ours["memory"] / theirs["memory"]
 
         line = next(line for line in lines if line.startswith(row["task"]))
-        task, window, speed, their_speed, ratio, _, _, _, memory_ratio = line.split()
+        task, window, speed, their_speed, ratio, _, _, _, _, memory_ratio = line.split()
         assert (task, window) == (row["task"], "48")
         assert speed == f"{ours['tokens_per_second']:,.1f}"
         assert their_speed == f"{theirs['tokens_per_second']:,.1f}"
         assert ratio == f"{row['speed_ratio']:.2f}"
         assert memory_ratio == f"{row['memory_ratio']:.2f}"
+
+
+def test_what_the_plan_says_stands_beside_what_was_measured(finished):
+    train, decode = finished.result["rows"]
+    flags = [*TINY, "--windows", "48", "--new_tokens", "8"]
+    config = bench.choose_settings(bench.parse(flags)).config
+    assert train["planned_memory"] == cost.memory(config, 48)["peak"]
+    assert "planned_memory" not in decode
+    # Decoding a token reads every weight but the embedding, in float32
+    read = 4 * sum(weight.numel() for weight in LLaMA(config).parameters()) - 4 * 300 * 32
+    for name in bench.SIDES:
+        speed = decode[name]["tokens_per_second"]
+        assert decode[name]["bytes_per_second"] == pytest.approx(speed * read)
 
 
 # ---- the same model, the same task ---------------------------------------------------------------
@@ -269,7 +284,6 @@ BAD_FLAGS = [
     (["--n_layer", "0"], "n_layer"),
     (["--preset", "llama-8b"], "--preset"),
     (["--device", "abacus"], "--device abacus"),
-    (["--plot", "bench.txt"], "--plot"),
     (["--checkpoint_activations", "some"], "--checkpoint_activations"),
 ]
 

@@ -1,5 +1,6 @@
 """cost.py: FLOPs as PyTorch counts them, memory as a process needs it, and the text of the plan."""
 
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import cost
 from cli import format_bytes
 from model import LLaMA, LLaMAConfig
+from what_fits import table
 
 ROOT = Path(__file__).parent.parent
 
@@ -166,6 +168,78 @@ def test_the_planned_peak_under_fsdp_is_within_5_percent_of_the_tracked_one(
     assert planned["peak"] == pytest.approx(peak * 1e9, rel=0.05)
 
 
+TRACKER = """
+import gc, json, sys
+sys.path.insert(0, ROOT)
+import torch, torch.distributed as dist, torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+import parallel
+from model import LLaMAConfig
+
+class CudaNorm(torch.autograd.Function):
+    # saves what CUDA's kernel saves: the CPU's saves every step of the arithmetic
+    @staticmethod
+    def forward(ctx, x, weight):
+        scale = torch.empty(x.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(x, weight, scale)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight, scale = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+F.rms_norm = lambda x, shape, weight, eps: CudaNorm.apply(x, weight)
+dist.init_process_group("fake", rank=0, world_size=PROCESSES, store=FakeStore())
+mesh = init_device_mesh("cpu", (PROCESSES,))  # FakeTensorMode can't make one
+parallel.init_device_mesh = lambda device_type, shape: mesh
+gc.disable()  # so that it runs at the same places each time
+peaks = {}
+with FakeTensorMode():
+    for activations in ("none", "selective", "full"):
+        config = LLaMAConfig(**SHAPE)
+        model = parallel.sharded(config, [], torch.device("cpu"), torch.bfloat16)
+        model.checkpoint_activations = activations
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+        ids = torch.zeros(1, TOKENS, dtype=torch.int64)
+        tracker = FSDPMemTracker(model, optimizer)
+        tracker.track_inputs((ids, ids))
+        with tracker:
+            for step in range(2):  # the first one makes the optimizer's moments
+                model(ids, ids).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                gc.collect(1)
+                if step == 0:
+                    tracker.reset_mod_stats()
+        peaks[activations] = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+print(json.dumps(peaks))
+"""
+
+
+def test_the_planned_peak_under_fsdp_is_that_of_pytorchs_tracker():
+    """Tensors without memory, in a process group that is one process alone."""
+    shape = {"n_layer": 3, "n_embd": 1024, "n_head": 8, "intermediate_size": 2752}
+    shape["vocab_size"] = 8000
+    tokens = 8192
+    values = (str(ROOT), shape, tokens, 8)
+    probe = f"ROOT, SHAPE, TOKENS, PROCESSES = {values}" + TRACKER
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    peaks = json.loads(done.stdout)
+    for activations, peak in peaks.items():
+        planned = cost.memory(
+            LLaMAConfig(**shape), tokens, processes=8, dist="fsdp", dtype=torch.bfloat16,
+            checkpoint_activations=activations
+        )
+        print(f"{activations}: tracked {format_bytes(peak)}, planned {planned['peak'] / peak:.3f}")
+        assert planned["peak"] == pytest.approx(peak, rel=0.15)
+    assert peaks["none"] > 1.5 * peaks["selective"] > 1.5 * peaks["full"]
+
+
 def test_fsdp_shares_out_and_checkpointing_saves():
     config = LLaMAConfig.preset("llama-7b")
 
@@ -285,3 +359,8 @@ def test_the_report_of_one_process_that_extends_nothing():
     assert "by rope" not in text
     assert "each of 1 devices: alone, float32, 4 x 256 tokens at a time" in text
     assert "does not fit" in text.splitlines()[-1]
+
+
+def test_the_table_of_the_reference_is_that_of_the_plan():
+    """If it is not: python tests/what_fits.py prints the new one."""
+    assert table() in (ROOT / "REFERENCE.md").read_text(encoding="utf-8")

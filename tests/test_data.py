@@ -1,4 +1,4 @@
-"""data.py: documents and their split, reports, data sets of the hub, the corpus on disk."""
+"""documents.py: documents and their split, reports, the hub; data.py: the corpus on disk."""
 
 import errno
 import hashlib
@@ -12,9 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import checkpoint
+import data
+import train
 from conftest import english
 from data import load_corpus, read_documents, read_reports
-from tokenizer import train_tokenizer
+from model import LLaMA, LLaMAConfig
+from tokenizer import Tokenizer, train_tokenizer
 
 # ---- documents -----------------------------------------------------------------------------------
 
@@ -452,6 +456,76 @@ def test_a_truncated_cache_is_rebuilt(size, tok, novels, tmp_path):
     assert file.read_bytes() == content
     file.write_bytes(b"\0" * len(content))  # as long, but not a cache file
     assert load_corpus([novels], tok, "all", tmp_path / "cache").tokens.tolist() == whole
+
+
+def stop_at_shard(tokenizer: Tokenizer, number: int) -> Tokenizer:
+    """A tokenizer with which the shard of this number, counted from 0, is interrupted."""
+    calls = []
+
+    def encode_batch(texts):
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        calls.append(texts)
+        return tokenizer.encode_batch(texts)
+
+    return replace(tokenizer, encode_batch=encode_batch)
+
+
+def test_an_interrupted_run_keeps_its_shards(tok, novels, tmp_path, monkeypatch):
+    """The next one tokenizes the rest alone, and the file is that of a single shard."""
+    cache = tmp_path / "cache"
+    load_corpus([novels], tok, "all", tmp_path / "whole")
+    monkeypatch.setattr(data, "SHARD_CHARACTERS", 3000)
+    with pytest.raises(KeyboardInterrupt):
+        load_corpus([novels], stop_at_shard(tok, 4), "all", cache)
+    shards = sorted(cache.iterdir())
+    assert len(shards) == 4
+
+    # One of the four is damaged, and is made again
+    shards[-1].write_bytes(shards[-1].read_bytes()[:-1])
+    with pytest.raises(KeyboardInterrupt):
+        load_corpus([novels], stop_at_shard(tok, 1), "all", cache)
+    assert len(list(cache.iterdir())) == 4
+    texts = []
+    seen = replace(tok, encode_batch=lambda batch: texts.extend(batch) or tok.encode_batch(batch))
+    corpus = load_corpus([novels], seen, "all", cache)
+    assert 0 < len(texts) < len(corpus.documents()) - 4
+
+    file = next((tmp_path / "whole").iterdir())
+    assert [path.name for path in cache.iterdir()] == [file.name]
+    assert (cache / file.name).read_bytes() == file.read_bytes()
+
+
+def test_two_processes_may_prepare_the_same_corpus(tok, novels, tmp_path, monkeypatch):
+    """One of them finishes, and removes the shards, while the other one is at its third."""
+    cache = tmp_path / "cache"
+    whole = load_corpus([novels], tok, "all", tmp_path / "whole").tokens.tolist()
+    monkeypatch.setattr(data, "SHARD_CHARACTERS", 3000)
+    left = []  # the number of files, once the fast process is done
+
+    def encode_batch(texts):
+        if len(list(cache.glob("*"))) == 2 and not left:
+            load_corpus([novels], tok, "all", cache)
+            left.append(len(list(cache.iterdir())))
+        return tok.encode_batch(texts)
+
+    slow = replace(tok, encode_batch=encode_batch)
+    assert load_corpus([novels], slow, "all", cache).tokens.tolist() == whole
+    assert left == [1]
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_prepare_leaves_nothing_to_tokenize(tok, novels, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = LLaMAConfig.preset("tiny", vocab_size=tok.vocab_size)
+    checkpoint.save(LLaMA(config), "model", tok)
+    flags = ["--init", "model", "--data", str(novels), "--device", "cpu", "--max_iters", "1"]
+    train.main([*flags, "--prepare"])
+    assert "without --prepare" in capsys.readouterr().err
+    assert [path.name for path in Path("out").iterdir()] == ["cache"]
+    monkeypatch.setattr(data, "_tokenize", None)
+    train.main([*flags, "--out", "run"])
+    assert Path("run/model.safetensors").is_file()
 
 
 def test_no_space_and_no_place_to_write(tok, novels, tmp_path):

@@ -160,6 +160,67 @@ dist.destroy_process_group()
         assert found["files"] < 0.9 * weights, found
 
 
+def test_two_processes_write_the_files_of_one(inits, tmp_path):
+    """And of what they gather, process 0 holds a file's weights at most, the other one nothing."""
+    cases = [(True, None, "5GB"), (False, "float32", "300KB"), (False, "bfloat16", "200KB")]
+    (tmp_path / "probe.py").write_text(f"""
+import json, sys, weakref
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+import torch, torch.distributed as dist
+from torch.distributed.tensor import DTensor
+import checkpoint, parallel
+
+gathered = []  # a weak reference to each whole weight, and its bytes
+held = []  # the bytes of those that are alive, whenever one more has been gathered
+full_tensor = DTensor.full_tensor
+
+def gather(weight):
+    whole = full_tensor(weight)
+    gathered.append((weakref.ref(whole), whole.nbytes))
+    held.append(sum(n for reference, n in gathered if reference() is not None))
+    return whole
+
+DTensor.full_tensor = gather
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+results = []
+for i, (tied, dtype, size) in enumerate({cases}):
+    init = {inits}[tied]
+    dtype = dtype and getattr(torch, dtype)
+    config = checkpoint.read_config(init)
+    tokenizer = checkpoint.load_tokenizer(init, config)
+    if rank == 0:
+        checkpoint.save(checkpoint.load(init), f"alone-{{i}}", tokenizer, dtype=dtype, max_shard_size=size)
+    weights = checkpoint.stored_weights(init)
+    model = parallel.sharded(config, weights, torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        model(torch.zeros(1, 8, dtype=torch.int64))  # FSDP keeps the embedding gathered after it
+    gathered.clear()
+    held.clear()
+    parallel.save_weights(model, Path(f"shared-{{i}}"), tokenizer, dtype, size)
+    largest = max(n for _, n in gathered)
+    n_weights = len(list(model.parameters()))
+    results.append(dict(most=max(held), largest=largest, gathered=len(gathered), weights=n_weights))
+Path(f"rank-{{rank}}.json").write_text(json.dumps(results))
+dist.barrier()
+dist.destroy_process_group()
+""")
+    done = subprocess.run([*TORCHRUN, "2", "probe.py"], cwd=tmp_path, env=ONE_THREAD, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    process_0, process_1 = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
+    for i, (_, dtype, size) in enumerate(cases):
+        files = {path.name: path.read_bytes() for path in (tmp_path / f"alone-{i}").iterdir()}
+        assert {path.name: path.read_bytes() for path in (tmp_path / f"shared-{i}").iterdir()} == files
+        assert (len([name for name in files if name.endswith(".safetensors")]) == 1) == (size == "5GB")
+        assert process_0[i]["gathered"] == process_1[i]["gathered"] == process_1[i]["weights"]
+        assert process_1[i]["most"] == process_1[i]["largest"]
+        if dtype == "bfloat16":  # a file holds copies, and what was gathered is gone
+            assert process_0[i]["most"] == process_0[i]["largest"]
+        elif size != "5GB":
+            assert process_0[i]["most"] <= max(300_000, process_0[i]["largest"])
+
+
 def test_ddp_keeps_accumulated_gradients_in_its_buckets(tmp_path):
     """Gradients of their own beside the buckets would take 4 bytes a parameter more."""
     (tmp_path / "probe.py").write_text(f"""
@@ -194,6 +255,31 @@ dist.destroy_process_group()
 """)
     done = subprocess.run([*TORCHRUN, "2", "probe.py"], cwd=tmp_path, env=ONE_THREAD, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("flag", ["auto", "cuda", "cuda:0"])
+def test_each_process_takes_the_gpu_of_its_number(flag, monkeypatch):
+    """Also where --resume finds another process's GPU among the run's flags."""
+    monkeypatch.setenv("RANK", "11")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(parallel, "device_and_dtype", calls.append)
+    for name in ("init_process_group", "barrier", "destroy_process_group"):
+        monkeypatch.setattr(torch.distributed, name, lambda *args: None)
+    with parallel.process_group(flag) as device:
+        assert device == "cuda:3"
+    assert calls == ["cuda:3", "cuda:3"]
+
+
+def test_compiled_blocks_leave_ddp_whole(inits, monkeypatch):
+    """Dynamo's own splitting for DDP crashes with selective activation checkpointing."""
+    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
+    args = train.parse(train.__doc__, ["--init", inits[False], "--compile", "--device", "cpu"])
+    config = checkpoint.read_config(args.init)
+    train.build_model(args, config, "alone", torch.device("cpu"), torch.float32)
+    assert not torch._dynamo.config.optimize_ddp
 
 
 # ---- what can happen to a run ------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def test_rows_of_a_mix_keep_their_tokens_where_positions_are_skipped():
     source.seed = 1
     source.tokenizer = tokenizer
     tokens = np.array(tokenizer.encode(TEXT))
-    source.train = Corpus("text", tokens, np.array([0, len(tokens)]), False, False)
+    source.train = Corpus(tokens, np.array([0, len(tokens)]), "text", False, False)
     mix = Mix(passkey=0.5, repeat=0.3)
     plain = source.rows(4, Part(64, 8, mix), range(8))
     skipped = source.rows(4, Part(64, 8, mix, window=256), range(8))

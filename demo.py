@@ -70,7 +70,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", nargs="+", action=cli.WholeNumbers, const=1, default=[25, 50, 100, 200],
         help="measure each fine-tune after these steps, as 100,200; it ends with the last of them")
     add("--all", action="store_true", help="fine-tune with NTK and YaRN too")
-    add("--distances", type=count, default=32, help="passkeys: number of distances k")
+    add("--distances", type=count, default=16, help="passkeys: number of distances k")
     add("--tries", type=count, default=10, help="passkeys: prompts for each k")
     add("--documents", type=count, default=16, help="perplexity: validation documents")
     add("--max_tokens", type=count, default=2048, help="perplexity: tokens of each document")
@@ -289,8 +289,11 @@ def summary(rows: list[Row], window: int, long: int) -> list[str]:
         breakdown_sentence(rows[0], rows[1], window, long),
         perplexity_sentence(rows[0], last["PI"], window, long),
     ]
-    for steps in sorted({row.steps for row in rows if row.name == "direct"}):
-        pi, direct = (find(rows, name, steps) for name in ("PI", "direct"))
+    # PI beside direct fine-tuning, early and late
+    looks = sorted({row.steps for row in rows if row.name == "direct"})
+    for steps in sorted({looks[0], looks[-1]}):
+        pi = find(rows, "PI", steps)
+        direct = find(rows, "direct", steps)
         sentences.append(difference_sentence(pi, direct, long))
     return sentences + passkey_sentences(last["PI"], last["direct"], window)
 
@@ -460,8 +463,9 @@ def draw(rows: list[Row], window: int, path: Path) -> None:
 
 
 def draw_steps(rows: list[Row], window: int, long: int, path: Path) -> None:
-    """Draw perplexity and k_max over fine-tuning steps, as in the paper's tables 3 and 4."""
+    """Draw perplexity, far keys and k_max over fine-tuning steps (the paper's tables 3 and 4)."""
     ppl_curves = []
+    found_curves = []
     reach_curves = []
     for name in METHODS:
         method = METHOD_NAMES[METHODS[name]]
@@ -471,12 +475,15 @@ def draw_steps(rows: list[Row], window: int, long: int, path: Path) -> None:
             curve.append(rows[0])
         if len(curve) > 1:
             ppl = {row.steps: row.ppl[str(long)] for row in curve}
+            found = {row.steps: row.found["found"] for row in curve}
             reach = {row.steps: row.k_max for row in curve}
             ppl_curves.append(Curve(name, long, ppl, method))
+            found_curves.append(Curve(name, long, found, method))
             reach_curves.append(Curve(name, long, reach, method))
 
-    figure, (left, right) = plots.new_figure(2, 5.0)
+    figure, (left, middle, right) = plots.new_figure(3, 5.0)
     plots.draw_perplexity_over_steps(left, ppl_curves)
+    plots.draw_found_over_steps(middle, found_curves, window)
     plots.draw_reach_over_steps(right, reach_curves, [{"original_window": window}])
     plots.save_figure(figure, path)
 

@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
 from cli import replacing
 
@@ -352,6 +352,15 @@ def draw_perplexity_over_steps(axis: Axes, curves: Sequence) -> None:
     draw_curves(axis, curves, "perplexity")
     set_perplexity_axis(axis, [value for curve in curves for value in curve.values.values()])
     axis.set_title("Perplexity over steps (paper: table 3)")
+    put_legend_below(axis)
+
+
+def draw_found_over_steps(axis: Axes, curves: Sequence, original_window: int) -> None:
+    """Draw the share of keys found beyond the original window over fine-tuning steps."""
+    draw_curves(axis, curves, "keys found")
+    axis.set_ylim(-0.02, 1.02)
+    axis.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    axis.set_title(f"Keys beyond the original window, {original_window:,}")
     put_legend_below(axis)
 
 

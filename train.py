@@ -46,7 +46,7 @@ from parallel import (
 from tokenizer import Tokenizer, train_tokenizer
 from train_flags import base_notes, check_flags, check_parts, parse
 from trainlog import Log, StopSignal, prepare_folder, run_folder
-from trainset import Batch, Part, ReportData, TextData, prefetch, process_batch
+from trainset import Batch, Part, ReportData, TextData, prefetch, process_batch, text_part
 
 # Where --eval_windows is not given: validation takes at most this part of the training between two
 # looks, and at most so many windows and tokens
@@ -122,21 +122,11 @@ def batch_parts(args: argparse.Namespace, config: LLaMAConfig, step: int = 0) ->
     """The parts of a step's global batch: how many rows of which length, made of what."""
     window = config.block_size
     original_window = min(window, config.original_window)
-    text = batches.Mix()
-
-    # Rows of text have the window's length, or are shorter. Short rows have skipped positions, so
-    # that the model sees all distances of the window all the same. Positions lie below `reach`; if
-    # it is 0, they are 0, 1, 2, ..., and the text is cut anywhere, between documents too.
-    reach = 0
-    if args.row_tokens < window and not args.no_skip:
-        reach = window
-    elif args.min_tokens:
-        reach = args.row_tokens
 
     # Text alone, as in the paper. (With --summary_field the rows are reports, and the mix is
     # ignored.)
     if args.mix == "text" or args.summary_field:
-        return [Part(args.row_tokens, args.batch_size, text, reach)]
+        return [text_part(args, config, args.batch_size)]
 
     # Pre-training: 40% of the rows have passkeys, 30% have repeated segments, and the rest is text,
     # because on text alone a model this small learns no retrieval in minutes. The last fifth of the
@@ -162,7 +152,7 @@ def batch_parts(args: argparse.Namespace, config: LLaMAConfig, step: int = 0) ->
     retrieval = batches.Mix(passkey=0.8, repeat=0.2, dense=0.0, alone=1.0)
     retrieval_reach = 0 if args.no_skip else window
     return [
-        Part(args.row_tokens, text_rows, text, reach),
+        text_part(args, config, text_rows),
         Part(original_window, retrieval_rows, retrieval, retrieval_reach)
     ]
 
@@ -207,13 +197,13 @@ def fill_in_recipe(
 
 
 def validation_windows(args: argparse.Namespace, config: LLaMAConfig) -> int:
-    """The windows of a look at the validation loss, so that nobody waits for it."""
-    window = config.block_size
+    """The rows of a look at the validation loss, so that nobody waits for it."""
+    length = args.row_tokens
     steps = min(args.eval_every, args.max_iters)
     training = steps * cost.step_flops(config, batch_parts(args, config))
-    reading = window * cost.flops_per_token(config, window, training=False)
+    reading = length * cost.flops_per_token(config, length, training=False)
     affordable = int(EVAL_SHARE * training / reading)
-    return max(1, min(affordable, EVAL_WINDOWS, EVAL_TOKENS // window))
+    return max(1, min(affordable, EVAL_WINDOWS, EVAL_TOKENS // length))
 
 
 # ---- the model -----------------------------------------------------------------------------------
@@ -318,7 +308,7 @@ def accumulate_gradients(run: Run, batch: Batch, stop: StopSignal) -> Tensor | N
     scored_here = torch.tensor(float(sum(scored)), dtype=torch.float64)
     mean_scored = mean_over_processes(scored_here).item()  # N / P
     total = torch.zeros((), device=run.device)
-    for i, (ids, targets, positions) in enumerate(batch):
+    for i, rows in enumerate(batch):
         if stop.on_any_process():
             # A state that is saved before the first step must find no gradients
             run.optimizer.zero_grad(set_to_none=True)
@@ -328,13 +318,11 @@ def accumulate_gradients(run: Run, batch: Batch, stop: StopSignal) -> Tensor | N
         sync = nullcontext()
         if isinstance(run.model, DistributedDataParallel) and i < len(batch) - 1:
             sync = run.model.no_sync()
-        ids = ids.to(run.device, non_blocking=True)
-        targets = targets.to(run.device, non_blocking=True)
-        if positions is not None:
-            positions = positions.to(run.device, non_blocking=True)
+        rows = rows.to(run.device)
         with sync:
             with run.autocast:
-                loss = run.model(ids, targets, positions=positions) * (scored[i] / mean_scored)
+                loss = run.model(rows.ids, rows.targets, positions=rows.positions)
+                loss = loss * (scored[i] / mean_scored)
             loss.backward()
         total += loss.detach()
     return total
@@ -349,7 +337,7 @@ def clear_gradients(run: Run) -> None:
 
 @torch.no_grad()
 def validation_loss(run: Run, windows: int, stop: StopSignal) -> float | None:
-    """The mean loss over held-out windows: the same ones each time, of text or reports alone.
+    """The mean loss over held-out rows: the same ones each time, of text or reports alone.
 
     Returns None where a signal came before the last window.
     """
@@ -363,9 +351,9 @@ def validation_loss(run: Run, windows: int, stop: StopSignal) -> float | None:
             run.model.train()
             return None
         index = first + rank()
-        ids, targets = run.source.held_out(min(index, windows - 1))
+        rows = run.source.held_out(min(index, windows - 1)).to(run.device)
         with run.autocast:
-            loss = run.model(ids.to(run.device), targets.to(run.device))
+            loss = run.model(rows.ids, rows.targets, positions=rows.positions)
         if index < windows:
             total += loss * processes() / windows  # the mean below divides by processes()
     run.model.train()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 import batches
@@ -27,12 +28,33 @@ class Part(NamedTuple):
     window: int = 0  # not 0: positions are skipped, and lie below it
 
 
+def text_part(args: argparse.Namespace, config: LLaMAConfig, rows: int) -> Part:
+    """So many rows of text, as --row_tokens, --no_skip and --min_tokens have them."""
+    # Rows have the window's length, or are shorter. Short rows have skipped positions, so that the
+    # model sees all distances of the window all the same. Positions lie below `reach`; if it is 0,
+    # they are 0, 1, 2, ..., and the text is cut anywhere, between documents too.
+    reach = 0
+    if args.row_tokens < config.block_size and not args.no_skip:
+        reach = config.block_size
+    elif args.min_tokens:
+        reach = args.row_tokens
+    return Part(args.row_tokens, rows, batches.Mix(), reach)
+
+
 class MicroBatch(NamedTuple):
     """Some rows that are computed at once, (B, T) each."""
 
     ids: Tensor
     targets: Tensor
     positions: Tensor | None = None  # None: 0 ... T - 1
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same rows on a device. From pinned memory the copy is not waited for."""
+        positions = self.positions
+        if positions is not None:
+            positions = positions.to(device, non_blocking=True)
+        ids = self.ids.to(device, non_blocking=True)
+        return MicroBatch(ids, self.targets.to(device, non_blocking=True), positions)
 
 
 Batch = list[MicroBatch]
@@ -43,8 +65,8 @@ class TextData:
 
     def __init__(self, args: argparse.Namespace, config: LLaMAConfig, tokenizer: Tokenizer) -> None:
         self.seed = args.seed
-        self.window = config.block_size
         self.tokenizer = tokenizer
+        self.held_out_part = text_part(args, config, 1)
         self.train = data.load_corpus(args.data, tokenizer, "train")
         self.val = data.load_corpus(args.data, tokenizer, "val")
         self.train.name += " (for training)"
@@ -53,7 +75,7 @@ class TextData:
             self.leave_out_short_documents(args.min_tokens)
         # Too little data is found before anything is written
         for corpus in (self.train, self.val):
-            batches.check_length(corpus, self.window)
+            batches.check_length(corpus, args.row_tokens)
 
     def leave_out_short_documents(self, least: int) -> None:
         """Train on documents of at least so many tokens, and say how many are left out."""
@@ -68,26 +90,29 @@ class TextData:
 
     def rows(self, step: int, part: Part, indices: range) -> MicroBatch:
         """Some rows of a step's global batch."""
+        return self._sample(self.train, step, part, indices, self.seed)
+
+    def held_out(self, index: int) -> MicroBatch:
+        """A row of validation text, of the same form as those of training."""
+        return self._sample(self.val, 0, self.held_out_part, range(index, index + 1), 0)
+
+    def _sample(
+        self, corpus: data.Corpus, step: int, part: Part, indices: range, seed: int
+    ) -> MicroBatch:
         # Text with skipped positions is skipped as well: it goes on later in its document
         if part.window and part.mix == batches.Mix():
             return MicroBatch(
-                *batches.sample_text(
-                    self.train, part.length, part.window, step, indices, seed=self.seed
-                )
+                *batches.sample_text(corpus, part.length, part.window, step, indices, seed=seed)
             )
         ids, targets = batches.sample_batch(
-            self.train, self.tokenizer, part.length, step, indices, seed=self.seed, mix=part.mix
+            corpus, self.tokenizer, part.length, step, indices, seed=seed, mix=part.mix
         )
         positions = None
         if part.window:
             positions = batches.sample_positions(
-                part.length, part.window, step, indices, seed=self.seed
+                part.length, part.window, step, indices, seed=seed
             )
         return MicroBatch(ids, targets, positions)
-
-    def held_out(self, index: int) -> tuple[Tensor, Tensor]:
-        """A row of validation text."""
-        return batches.sample_batch(self.val, self.tokenizer, self.window, 0, [index], seed=0)
 
 
 class ReportData:
@@ -106,19 +131,19 @@ class ReportData:
             self.train = [report for i, report in enumerate(reports) if i % 20]
 
     def rows(self, step: int, part: Part, indices: range) -> MicroBatch:
-        rows = self._sample(self.train, step, indices, self.args.batch_size, self.args.seed)
-        return MicroBatch(*rows)
+        return self._sample(self.train, step, indices, self.args.batch_size, self.args.seed)
 
-    def held_out(self, index: int) -> tuple[Tensor, Tensor]:
+    def held_out(self, index: int) -> MicroBatch:
         return self._sample(self.val, index, range(1), 1, 0)
 
     def _sample(
         self, reports: list, step: int, indices: range, batch_size: int, seed: int
-    ) -> tuple[Tensor, Tensor]:
-        return batches.sample_reports(
+    ) -> MicroBatch:
+        ids, targets = batches.sample_reports(
             reports, self.tokenizer, self.window, step, indices, batch_size=batch_size, seed=seed,
             max_input=self.args.max_input
         )
+        return MicroBatch(ids, targets)
 
 
 def process_batch(

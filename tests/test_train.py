@@ -368,7 +368,9 @@ def test_short_rows_with_skipped_positions(base, monkeypatch, capsys):
     given = [positions for shape, positions in seen if shape == (2, 64)]
     assert len(given) == 4 * 3 and max(positions.max() for positions in given) > 400
     assert all(positions.max() < 512 for positions in given)
-    assert seen[-1] == (torch.Size([1, 512]), None)  # validation reads whole windows
+    # Validation reads rows of the same form
+    shape, positions = seen[-1]
+    assert shape == (1, 64) and positions.max() > 63
 
     run(Path("cut"), *extend, "--row_tokens", "64", "--max_iters", "2")
     train.main(["--resume", "--out", "cut", "--max_iters", "4"])

@@ -268,7 +268,7 @@ def test_short_documents_are_left_out(base, capsys):
     args = train.parse("", flags)
     config = checkpoint.read_config(base, scale=2)
     train.fill_in_recipe(args, config, world=1)
-    (part,) = train.batch_parts(args, config)
+    part = train.batch_parts(args, config)[0]
     rows = TextData(args, config, tokenizer).rows(0, part, range(20))
     texts = [tokenizer.decode(row.tolist()) for row in rows.ids]
     assert all("long" in text and "short" not in text for text in texts)

@@ -402,11 +402,20 @@ def set_up(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -
     return Run(out, config, tokenizer, source, device, model, autocast, optimizer, step, save_dtype)
 
 
+def content_of(args: argparse.Namespace) -> str:
+    """What the training loss is over, for the log."""
+    if args.summary_field:
+        return "summaries"
+    if args.mix == "retrieval":
+        return "text and keys"
+    return "text"
+
+
 def train(args: argparse.Namespace, run: Run) -> int:
     """The training loop; returns the exit code: 0, or that of the signal that stopped it."""
     parts = batch_parts(args, run.config)  # lengths and rows are those of every step
     log = Log(
-        run.out, first_step=run.step, max_iters=args.max_iters,
+        run.out, first_step=run.step, max_iters=args.max_iters, content=content_of(args),
         tokens=sum(part.rows * part.length for part in parts),
         flops=cost.step_flops(run.config, parts), peak_flops=cost.peak_flops(run.device)
     )

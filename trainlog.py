@@ -31,6 +31,7 @@ class Log:
     """OUT/log.jsonl, one JSON object for each step, and the progress bar on standard error.
 
     out: the run's folder.  first_step: the steps that are done already.  max_iters: the last step.
+    content: what the training loss is over, "text", "text and keys" or "summaries".
     tokens: tokens of a step.  flops: FLOPs of a step.  peak_flops: those of one device per second
     by its data sheet, None where they are not known.
 
@@ -39,12 +40,13 @@ class Log:
     """
 
     def __init__(
-        self, out: Path, *, first_step: int, max_iters: int, tokens: int, flops: float,
-        peak_flops: float | None
+        self, out: Path, *, first_step: int, max_iters: int, content: str, tokens: int,
+        flops: float, peak_flops: float | None
     ) -> None:
         self.path = out / "log.jsonl"
         self.first_step = first_step
         self.max_iters = max_iters
+        self.content = content
         self.estimated = False  # whether the time of the run has been said
         self.tokens = tokens
         self.flops = flops
@@ -78,9 +80,10 @@ class Log:
         step = self.pending[-1]["iter"]
         self.pending[-1]["val_loss"] = loss
         perplexity = math.exp(min(loss, 700))
+        held_out = self.content.removesuffix(" and keys")
         if rank() == 0:
-            message = f"step {step}: validation loss {loss:.4f}, perplexity {perplexity:.2f}"
-            self.bar.write(message, sys.stderr)
+            message = f"step {step}: validation loss {loss:.4f} ({held_out} alone), "
+            self.bar.write(message + f"perplexity {perplexity:.2f}", sys.stderr)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -116,7 +119,7 @@ class Log:
                     f"{self.path.parent} keeps the checkpoint before it"
                 )
 
-        text = f"loss {losses[-1]:.3f}, {speed['tokens_per_second']:,.0f} tokens/s"
+        text = f"loss {losses[-1]:.3f} ({self.content}), {speed['tokens_per_second']:,.0f} tokens/s"
         if self.peak_flops:
             text += f", {speed['mfu']:.0%} MFU"
         self.bar.set_postfix_str(text)
@@ -158,7 +161,7 @@ def clock(now: datetime, left: timedelta) -> str:
 
 
 def run_folder(args: argparse.Namespace, config: LLaMAConfig) -> Path:
-    """The run's folder. Raises ValueError if it holds another run."""
+    """The run's folder. Raises ValueError if it holds another run, or a checkpoint of no run."""
     name = args.out
     if name is None and args.init == "scratch":
         name = "out/base"
@@ -170,6 +173,11 @@ def run_folder(args: argparse.Namespace, config: LLaMAConfig) -> Path:
             f"--out {out} holds a run: --resume to go on with it, --overwrite to start anew, "
             "or another --out"
         )
+    if out.is_file():
+        raise ValueError(f"--out {out} is a file: give a folder")
+    # A run's folder has a log. Any other checkpoint would be lost at the end of this run.
+    if (out / "config.json").exists() and not (out / "log.jsonl").exists():
+        raise ValueError(f"--out {out} holds a checkpoint that is not a run's: give another folder")
     return out
 
 

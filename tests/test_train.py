@@ -462,6 +462,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_overwritten(base):
     (["--max_iters", "ten"], ["--max_iters", "ten"]),
     (["--learning_rate", "nan"], ["--learning_rate", "nan"]),
     (["--save_at", "1,b"], ["--save_at", "'b'"]),
+    (["--init", "BASE", "--scale", "2", "--out", "BASE"], ["--out", "holds"]),
     (["--device", "warp"], ["--device warp"]),
     (["--data", "missing.txt"], ["missing.txt"]),
     (["--init", "BASE", "--scale", "2", "--row_tokens", "1"], ["--row_tokens", "at least 2"]),

@@ -5,22 +5,27 @@ import os
 import signal
 import time
 from datetime import datetime, timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from trainlog import Log, StopSignal, clock, duration
+from model import LLaMAConfig
+from trainlog import Log, StopSignal, clock, duration, run_folder
 
 
 def open_log(out, first_step=0, peak_flops=None):
-    return Log(out, first_step=first_step, max_iters=9, tokens=100, flops=1e9, peak_flops=peak_flops)
+    return Log(
+        out, first_step=first_step, max_iters=9, content="text and keys", tokens=100, flops=1e9,
+        peak_flops=peak_flops
+    )
 
 
 def lines(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def test_losses_are_written_when_they_are_flushed(tmp_path):
+def test_losses_are_written_when_they_are_flushed(tmp_path, capsys):
     log = open_log(tmp_path, peak_flops=1e12)
     log.add(1, 0.1, torch.tensor(5.0))
     log.add(2, 0.2, torch.tensor(4.0))
@@ -31,6 +36,10 @@ def test_losses_are_written_when_they_are_flushed(tmp_path):
     assert (first["iter"], first["loss"], first["lr"], first["tokens"]) == (1, 5.0, 0.1, 100)
     assert (second["iter"], second["loss"], second["tokens"], second["val_loss"]) == (2, 4.0, 200, 4.5)
     assert "val_loss" not in first
+    # The two losses are of different things, which is said beside each
+    shown = capsys.readouterr().err
+    assert "step 2: validation loss 4.5000 (text alone), perplexity 90.02" in shown
+    assert "loss 4.000 (text and keys)" in shown
     assert second["mfu"] == pytest.approx(second["tflops"])  # of 1e12 FLOP/s
 
 
@@ -65,7 +74,10 @@ def test_paused_time_is_no_training_time(tmp_path):
 
 
 def test_the_time_of_the_run_is_said_once_after_the_first_steps(tmp_path, capsys):
-    log = Log(tmp_path, first_step=10, max_iters=1010, tokens=1, flops=1e9, peak_flops=None)
+    log = Log(
+        tmp_path, first_step=10, max_iters=1010, content="text", tokens=1, flops=1e9,
+        peak_flops=None
+    )
     assert [step for step in range(11, 35) if log.flush_due(step)] == [11, 13, 20, 30]
     for first, last, seconds in ((11, 11, 19), (12, 13, 14.4), (14, 20, 70)):
         for step in range(first, last + 1):
@@ -120,3 +132,21 @@ def test_a_later_signal_interrupts(monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
+
+
+def test_a_checkpoint_that_no_run_wrote_is_not_overwritten(tmp_path):
+    config = LLaMAConfig.preset("tiny")
+    args = SimpleNamespace(out=str(tmp_path / "model"), init="scratch", resume=False, overwrite=True)
+    folder = tmp_path / "model"
+    assert run_folder(args, config) == folder
+    folder.mkdir()
+    (folder / "notes.txt").write_text("not touched by a run")
+    assert run_folder(args, config) == folder
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"--out .*model holds a checkpoint that is not a run's"):
+        run_folder(args, config)
+    (folder / "log.jsonl").touch()
+    assert run_folder(args, config) == folder
+    args.out = str(folder / "notes.txt")
+    with pytest.raises(ValueError, match="notes.txt is a file"):
+        run_folder(args, config)

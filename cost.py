@@ -364,7 +364,7 @@ def report(
     dtype_name = str(dtype).removeprefix("torch.")
     lines = [
         model, f"{steps:,} steps of {batch_size} x {row_tokens:,}: {tokens:,} tokens",
-        f"{flops:.2e} FLOPs: {hours_by_device(flops, row_tokens)}",
+        f"{flops:.2e} FLOPs: {time_by_device(flops, row_tokens)}",
         f"each of {processes} devices: {engine}, {dtype_name}, "
         f"{micro_batch_size} x {longest_row:,} tokens at a time, "
         f"activations recomputed: {checkpoint_activations}"
@@ -380,13 +380,22 @@ def report(
     return "\n".join(lines)
 
 
-def hours_by_device(flops: float, window: int) -> str:
-    """The hours that A100s and H100s take for training of so many FLOPs, and the MFU assumed."""
+def time_by_device(flops: float, window: int) -> str:
+    """The time that A100s and H100s take for training of so many FLOPs, and the MFU assumed."""
     mfu = expected_mfu(window)
+
+    # In hours, or for a small run in minutes or seconds, so that the fastest has at least 1
+    unit = "hours"
+    seconds_in_unit = 3600
+    for shorter in ("minutes", "seconds"):
+        if flops / PEAK_FLOPS["H100"] / mfu.expected < seconds_in_unit:
+            unit = shorter
+            seconds_in_unit /= 60
+
     parts = []
     for name in ("A100", "H100"):
-        hours = flops / PEAK_FLOPS[name] / 3600  # if all of its FLOP/s were reached
-        spread = f"{hours / mfu.high:,.1f} to {hours / mfu.low:,.1f}"
-        parts.append(f"{hours / mfu.expected:,.1f} {name} hours ({spread})")
+        time = flops / PEAK_FLOPS[name] / seconds_in_unit  # if all of its FLOP/s were reached
+        spread = f"{time / mfu.high:,.1f} to {time / mfu.low:,.1f}"
+        parts.append(f"{time / mfu.expected:,.1f} {name} {unit} ({spread})")
     reached = f"{mfu.expected:.0%} ({mfu.high:.0%} to {mfu.low:.0%})"
     return f"{', '.join(parts)}, if {reached} of the data sheet's FLOP/s are reached"

@@ -65,10 +65,17 @@ def k_max_by_length(result: dict) -> dict[int, int]:
     return {one["length"]: one["k_max"] for one in result["lengths"]}
 
 
+def beyond_by_length(result: dict) -> dict[int, str]:
+    """{length: the share of keys found beyond the original window} of one checkpoint."""
+    return {one["length"]: beyond_cell(one) for one in result["lengths"]}
+
+
 def passkey_tables(results: list[dict], over_steps: bool) -> str:
     """k_max at each length; where all checkpoints have one length, the success at each k too."""
     if over_steps:
-        return table_over_steps(curves_over_steps(results, k_max_by_length), "length")
+        k_max = table_over_steps(curves_over_steps(results, k_max_by_length), "length")
+        beyond = table_over_steps(curves_over_steps(results, beyond_by_length), "length")
+        return f"k_max\n\n{k_max}\n\nfound beyond the original window\n\n{beyond}"
     rows = []
     for result in results:
         for one in result["lengths"]:

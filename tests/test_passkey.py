@@ -392,6 +392,10 @@ def test_over_steps(run, folder, tmp_path, tokenizer, monkeypatch, lengths):
         row = [f"{tmp_path}/direct (direct fine-tuning, scale 2)", str(length)]
         row += ["-", str(best["none", 9, length]), "-"]
         assert row in rows
+    # Below it the same table with the share of keys found beyond the window of 256
+    after = ended.out.split("found beyond the original window")[1]
+    if lengths == [512]:
+        assert re.search(r"PI, scale 2\) +512 +0.0% \(0% to 19%\) .* 100.0% \(81% to 100%\)", after)
     assert (tmp_path / "k.png").stat().st_size > 10_000
 
 

@@ -245,7 +245,7 @@ def draw_positions(axis: Axes, results: Sequence[dict], bins: int = 20) -> None:
     axis.grid(color="0.9")
     axis.set(xlabel="position in the window (tokens before)", ylabel="loss (nats per token)")
     axis.set_title("Loss by position")
-    axis.legend(fontsize=8)
+    put_legend_below(axis)
 
 
 def bin_means(nll: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:

@@ -367,9 +367,10 @@ def in_words(difference: float, stderr: float | None) -> str:
 
 def passkey_sentences(pi: Row, direct: Row, window: int) -> list[str]:
     share = (
-        f"With no passkey beyond {window} tokens in the fine-tune, PI finds "
-        f"{share_in_words(pi)} of the keys beyond the original window after {pi.steps} "
-        f"steps, direct fine-tuning {share_in_words(direct)}."
+        f"In the fine-tune no row with a passkey has more than {window} tokens, though its "
+        f"positions skip through the extended window. PI finds {share_in_words(pi)} of the keys "
+        f"beyond the original window after {pi.steps} steps, direct fine-tuning "
+        f"{share_in_words(direct)}."
     )
     reach = (
         f"k_max ends before the first distance at which fewer than {passkey.THRESHOLD:.0%} are "

@@ -37,7 +37,8 @@ from tokenizer import Tokenizer
 
 # ---- one process among several -------------------------------------------------------------------
 
-# How long a process waits while another one reports the error of both. torchrun ends it before.
+# How long a process waits while another one reports an error. torchrun ends the waiting one as soon
+# as the other one has exited.
 REPORT_SECONDS = 30
 
 
@@ -62,8 +63,8 @@ def process_group(device: str) -> Iterator[str]:
     """Join the processes that torchrun started, if any; yield the name of this process's device.
 
     Where another process is lost, the block ends with one line and exit code 1. Where bad input
-    ends the block, one process alone reports it, though the others have the same error or lose
-    that one.
+    ends the block, the first process that meets it reports it. The others, which meet it too or
+    lose their connection to that process, say nothing.
     """
     if "RANK" not in os.environ:
         yield device

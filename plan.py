@@ -189,7 +189,10 @@ def memory_help(args: argparse.Namespace, machine: Machine) -> str:
         ways.append("--checkpoint_activations full")
     if machine.device_type == "cuda":
         ways.append("torchrun with --dist fsdp on more GPUs")
-    ways.append("a smaller --scale")
+    if args.init == "scratch":
+        ways.append("a smaller --preset")
+    else:
+        ways.append("a smaller --scale")
     return "give " + " or ".join(ways)
 
 

@@ -80,7 +80,7 @@ def recipe(config: LLaMAConfig, scratch: bool, row_tokens: int | None = None) ->
         return Recipe(2200, 16, 4e-3, 50, decay="linear", mix="retrieval")
     # So small a model forgets retrieval within tens of fine-tuning steps on text alone. So half of
     # its training tokens are retrieval rows. They have the original length, so no key in training
-    # has more than the original window between it and the question.
+    # has more tokens between it and the question than the original window has.
     if config.n_params <= 20e6:
         rows = max(2, 8192 // (row_tokens or config.block_size))  # 8,192 tokens a step
         return Recipe(200, rows, 1e-3, 20, decay="linear", mix="retrieval")
@@ -232,7 +232,9 @@ def read_data(
 def prepare(args: argparse.Namespace) -> None:
     """Download --init and --data and tokenize, so that a run with the same flags finds it all."""
     config, tokenizer = read_model_config(args)
-    fill_in_recipe(args, config, world=1)
+    # What is tokenized is the same on any machine, so that the CPU may stand for the GPUs
+    machine = plan.machine_here(torch.device("cpu"), torch.float32)
+    fill_in_recipe(args, config, world=1, machine=machine)
     read_data(args, config, tokenizer)
     print("all is ready: now the same flags without --prepare", file=sys.stderr)
 

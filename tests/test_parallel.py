@@ -48,7 +48,7 @@ def inits(workplace) -> dict[bool, str]:
     tokenizer = train_tokenizer([Path(name).read_text() for name in TEXT], 1024)
     for tied in (False, True):
         torch.manual_seed(1)
-        config = LLaMAConfig.preset("tiny", tie_embeddings=tied, n_kv_head=2, bos_id=0, eos_id=1)
+        config = LLaMAConfig.preset("tiny", tie_embeddings=tied, n_kv_head=1, bos_id=0, eos_id=1)
         checkpoint.save(LLaMA(config), f"init-{tied}", tokenizer)
     return {tied: str(Path(f"init-{tied}").resolve()) for tied in (False, True)}
 
@@ -233,6 +233,7 @@ from torch.nn.parallel import DistributedDataParallel
 import train
 from model import LLaMA, LLaMAConfig
 from trainlog import StopSignal
+from trainset import MicroBatch
 
 dist.init_process_group("gloo")
 torch.manual_seed(0)
@@ -242,7 +243,7 @@ stop = StopSignal()
 run = SimpleNamespace(model=model, optimizer=optimizer, device=torch.device("cpu"), autocast=nullcontext())
 ids = torch.randint(1024, (2, 16))
 for step in range(3):
-    train.accumulate_gradients(run, [(ids, ids), (ids, ids)], stop)
+    train.accumulate_gradients(run, [MicroBatch(ids, ids), MicroBatch(ids, ids)], stop)
     largest = max(p.grad.abs().max().item() for p in model.parameters())
     assert largest > 0
     optimizer.step()
@@ -267,7 +268,8 @@ def test_each_process_takes_the_gpu_of_its_number(flag, monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", calls.append)
     monkeypatch.setattr(parallel, "device_and_dtype", calls.append)
     for name in ("init_process_group", "barrier", "destroy_process_group"):
-        monkeypatch.setattr(torch.distributed, name, lambda *args: None)
+        monkeypatch.setattr(torch.distributed, name, lambda *args, **keywords: None)
+    monkeypatch.setattr(parallel, "rendezvous", lambda url: iter([(None, 11, 12)]))
     with parallel.process_group(flag) as device:
         assert device == "cuda:3"
     assert calls == ["cuda:3", "cuda:3"]
@@ -342,11 +344,11 @@ from model import LLaMA
 calls = []
 real = LLaMA.forward
 
-def forward(self, *arguments):
+def forward(self, *arguments, **keywords):
     calls.append(0)
     if len(calls) == 2 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGTERM)
-    return real(self, *arguments)
+    return real(self, *arguments, **keywords)
 
 LLaMA.forward = forward
 try:

@@ -97,12 +97,12 @@ def signal_in_forward(monkeypatch, number: int, training: bool, call: int) -> li
     calls = []
     real = LLaMA.forward
 
-    def forward(self, *arguments):
+    def forward(self, *arguments, **keywords):
         if self.training == training:
             calls.append(training)
             if len(calls) == call:
                 os.kill(os.getpid(), number)
-        return real(self, *arguments)
+        return real(self, *arguments, **keywords)
 
     monkeypatch.setattr(LLaMA, "forward", forward)
     return calls
@@ -201,7 +201,7 @@ def test_a_run_that_the_disk_cannot_hold_is_one_line_unless_forced(base, monkeyp
 
 def test_micro_batches_are_cut_until_they_fit(base):
     config = checkpoint.read_config(base)
-    args = SimpleNamespace(batch_size=64, dist=None)
+    args = SimpleNamespace(batch_size=64, dist=None, mix="text", row_tokens=256)
     chosen = []
     for free in (1e12, 400e6, 60e6, 48e6, 1e6):
         args.micro_batch_size = None
@@ -211,7 +211,6 @@ def test_micro_batches_are_cut_until_they_fit(base):
         chosen.append((args.micro_batch_size, args.checkpoint_activations))
         needed = plan.memory_needed(args, config, 1, machine)
         assert needed < 0.9 * free or chosen[-1] == (1, "full")
-    print(chosen)
     assert chosen[0] == (64, "none") and chosen[-1] == (1, "full")
     assert 1 <= chosen[1][0] < 64 and chosen[1][1] == "none"
     args.micro_batch_size = 3
@@ -450,7 +449,6 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_overwritten(base):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--scale", "8"], ["out/base", "python train.py"]),
     (["--init", "scratch", "--scale", "8"], ["--scale", "python train.py"]),
     (["--init", "nowhere"], ["nowhere", "hub"]),
     (["--resume"], ["--resume", "--out"]),
@@ -535,5 +533,5 @@ def test_the_plan_reads_no_weights(capsys, monkeypatch):
     assert "does not fit" in capsys.readouterr().out
     train.main([*shape, "--row_tokens", "2048"])
     text = capsys.readouterr().out
-    for words in ("64 x 2,048: 131,072,000 tokens", "8 x 2,048 tokens at a time"):
+    for words in ("64 x 2,048: 131,072,000 tokens", "4 x 2,048 tokens at a time, activations recomputed: none"):
         assert words in text, text

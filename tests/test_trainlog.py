@@ -1,4 +1,4 @@
-"""trainlog.py: a line for each step and none twice, and a signal that ends a run after the step at hand."""
+"""trainlog.py: a line for each step and none twice, and a signal that ends a run after the micro batch at hand."""
 
 import json
 import os

@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import cost
 import plan
 import train
 from model import PRESETS
@@ -22,17 +23,17 @@ GPUS = (1, 4, 8)
 
 
 def lightest_mode(model: str, window: int, memory: int, gpus: int) -> str:
-    """The mode that recomputes the least and fits; a dash if none does."""
+    """The mode that recomputes the least and fits, as train.py chooses it; a dash if none does."""
     scale = window / PRESETS[model]["block_size"]
     flags = ["--plan", "--preset", model, "--scale", f"{scale:g}", "--micro_batch_size", "1"]
     flags += ["--world_size", str(gpus), "--device_memory", str(memory), "--dist", "fsdp"]
-    for mode in ("none", "selective", "full"):
-        args = parse(train.__doc__, [*flags, "--checkpoint_activations", mode])
-        config = plan.planned_config(args)
-        train.fill_in_recipe(args, config, gpus)
-        text = plan.plan(args, config, gpus, train.batch_parts(args, config))
-        if text.endswith("  fits"):
-            return mode
+    args = parse(train.__doc__, flags)
+    config = plan.planned_config(args)
+    machine = plan.planned_machine(args)
+    train.fill_in_recipe(args, config, gpus, machine)
+    needed = plan.memory_needed(args, config, gpus, machine)
+    if cost.verdict(needed, machine.free) == "fits":
+        return args.checkpoint_activations
     return "–"
 
 

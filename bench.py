@@ -391,7 +391,7 @@ def compare(
 
 
 def decoded_bytes(settings: Settings) -> int:
-    """Bytes of the weights that one token of each sequence takes: all but the embedding's rows."""
+    """Bytes of the weights that a decoding step reads. An untied embedding is not read whole."""
     config = settings.config
     embedding = 0 if config.tie_embeddings else config.vocab_size * config.n_embd
     return settings.dtype.itemsize * (config.n_params - embedding)

@@ -481,14 +481,14 @@ def print_report(report: dict) -> None:
     )
 
     print(
-        "\nS(s) = sum_j cos(s theta_j), the mean score of a token for one like it; "
-        "retrieval needs S(s) >= 0.\n"
+        "\nS(s) = sum_j cos(s theta_j), the mean score of a token for one like it. "
+        "Men et al. 2024 argue that retrieval needs S(s) >= 0.\n"
     )
     print(similarity_table(report["similarity"]))
     shares = report["negative_share"]
     print(
-        f"\nBeyond L, S is negative at {shares['none']:.1%} of the distances left alone, "
-        f"at {shares['linear']:.1%} under PI."
+        f"\nBeyond the window L, S is negative at {shares['none']:.1%} of the distances left "
+        f"alone, at {shares['linear']:.1%} under PI."
     )
 
 

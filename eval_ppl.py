@@ -369,7 +369,10 @@ def difference_table(results: list[dict], windows: list[int]) -> str:
                 line.append("-")
                 continue
             difference, stderr = paired_difference(first[window], rows[window])
-            line.append(f"{difference:+.4f} ± {stderr:.4f}")
+            cell = f"{difference:+.4f}"
+            if stderr is not None:
+                cell += f" ± {stderr:.4f}"
+            line.append(cell)
         lines.append(line)
     return text_table([f"loss minus that of {results[0]['init']}"] + windows, lines)
 

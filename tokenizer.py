@@ -205,10 +205,12 @@ def _special_id(
 
 
 def _wants_bos(files: dict[str, bytes]) -> bool:
-    """Whether tokenizer_config.json has BOS put before a text, as transformers understands it.
+    """Whether BOS belongs before a text, if tokenizer.json itself puts none there.
 
-    Where add_bos_token is not said, the tokenizers of LLaMA put BOS and those of other models, such
-    as SmolLM2's GPT2Tokenizer, don't. Where nothing is said, a LLaMA's tokenizer is assumed.
+    tokenizer_config.json says so: in add_bos_token, else by its class. The tokenizers of LLaMA put
+    BOS and those of other models, such as SmolLM2's GPT2Tokenizer, don't. Where nothing is said, a
+    LLaMA's tokenizer is assumed. (transformers 4 went by these too. transformers 5 puts no BOS
+    where tokenizer.json puts none, though LLaMA was trained with it.)
     """
     config = _companion(files, "tokenizer_config.json")
     name = config.get("tokenizer_class") or "LlamaTokenizer"
@@ -286,8 +288,9 @@ def _from_library(
     ids = set(library.get_vocab().values())
     bos_id = _special_id(files, "bos", library.token_to_id, None, bos_id)
     eos_id = _special_id(files, "eos", library.token_to_id, None, eos_id)
-    # In transformers, what tokenizer.json itself puts before a text counts before any flag
-    if not _wants_bos(files) and bos_id not in library.encode("").ids:
+    # What tokenizer.json itself puts before a text counts before any flag, as in transformers 5.
+    # Only the first token is BOS, because some files put the same token behind the text, as EOS.
+    if not _wants_bos(files) and library.encode("a").ids[:1] != [bos_id]:
         bos_id = None
     files = _with_config(files, "PreTrainedTokenizerFast", token(bos_id), token(eos_id))
     return Tokenizer(

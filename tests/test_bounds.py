@@ -440,7 +440,7 @@ def test_script_presets_give_way_to_flags(tmp_path):
     path = tmp_path / "b.json"
     flags = ("--preset", "tiny", "--theta", "5000", "--scale", "256")
     done = script(*flags, "--json", str(path))
-    assert "head_dim 32, theta 5000; window 256 x scale 256" in done.stdout
+    assert "head_dim 64, theta 5000; window 256 x scale 256" in done.stdout
     assert "0 .. 65536" in done.stdout
     assert json.loads(path.read_text())["window"] == 256
 

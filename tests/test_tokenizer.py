@@ -253,6 +253,26 @@ def test_no_bos_where_transformers_puts_none(sentencepiece_folder, llama_json_fo
         assert theirs("It was").input_ids == expected + ours.encode("It was")
 
 
+def test_bos_where_tokenizer_json_puts_none_before_a_text(llama_json_folder, tmp_path):
+    import tokenizers
+
+    def bos_ids(name, template, **config):
+        folder = copy(llama_json_folder, tmp_path / name, tokenizer_config=config)
+        library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        library.post_processor = tokenizers.processors.TemplateProcessing(
+            single=template, special_tokens=[("</s>", 2)]
+        )
+        library.save(str(folder / "tokenizer.json"))
+        return load_tokenizer(folder, bos_id=1).bos_ids
+
+    # A LLaMA was trained with BOS
+    assert bos_ids("a", "$A", tokenizer_class="LlamaTokenizer") == [1]
+    assert bos_ids("b", "$A", tokenizer_class="LlamaTokenizer", add_bos_token=False) == []
+    assert bos_ids("c", "$A", tokenizer_class="GPT2Tokenizer") == []
+    # One token is both BOS and EOS, and stands behind the text
+    assert bos_ids("d", "$A </s>", tokenizer_class="GPT2Tokenizer", bos_token="</s>") == []
+
+
 def test_tokens_added_in_tokenizer_config(sentencepiece_folder, tmp_path):
     """A chat model of Llama 2: its end token is in added_tokens_decoder alone."""
     transformers = pytest.importorskip("transformers")

@@ -20,7 +20,7 @@ from cli import device_and_dtype, extension, format_bytes
 from hf_config import extend
 from model import LLaMAConfig
 from parallel import choose_dist, least_over_processes, processes, states
-from trainset import Part
+from recipe import batch_parts
 
 MICRO_BATCH_TOKENS = 16384  # tokens at a time on one process, where memory allows
 
@@ -78,10 +78,8 @@ def choose_engine(
 
 
 def longest_row(args: argparse.Namespace, config: LLaMAConfig) -> int:
-    """Tokens of the longest row: of text, or of retrieval, whose rows have the original length."""
-    if args.mix == "retrieval":
-        return max(args.row_tokens, min(config.block_size, config.original_window))
-    return args.row_tokens
+    """Tokens of the longest row of a step."""
+    return max(part.length for part in batch_parts(args, config))
 
 
 def choose_micro_batch(
@@ -197,15 +195,16 @@ def memory_help(args: argparse.Namespace, machine: Machine) -> str:
 
 
 def plan(
-    args: argparse.Namespace, config: LLaMAConfig, world: int, parts: list[Part], machine: Machine
+    args: argparse.Namespace, config: LLaMAConfig, world: int, machine: Machine
 ) -> str:
-    """The text of --plan. parts: what the global batch of a step is made of."""
+    """The text of --plan."""
     engine, _ = choose_engine(args, config, world, machine.free)
     micro_batch_size, micro_batches = micro_batches_of(args, world)
     text = cost.report(
         config, steps=args.max_iters, batch_size=args.batch_size, micro_batch_size=micro_batch_size,
         row_tokens=args.row_tokens, longest_row=longest_row(args, config),
-        micro_batches=micro_batches, flops=args.max_iters * cost.step_flops(config, parts),
+        micro_batches=micro_batches,
+        flops=args.max_iters * cost.step_flops(config, batch_parts(args, config)),
         processes=world, dist=engine, dtype=machine.dtype, device_type=machine.device_type,
         checkpoint_activations=args.checkpoint_activations, available=machine.free
     )

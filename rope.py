@@ -61,16 +61,16 @@ def rope_frequencies(
     method:  none     positions left alone
              linear   Position Interpolation: m becomes m / scale, eq. (4)
              ntk      NTK-aware: a larger theta interpolates the slowest pair and keeps the fastest
-             dynamic  ntk with a factor that grows with `length` beyond the original window
+             dynamic  ntk with a scale that grows with `length` beyond the original window
              yarn     slow pairs interpolated, fast ones kept, a ramp between; longer cos and sin
              llama3   Llama 3.1's: as yarn, with another ramp, and cos and sin as they are
     scale: L'/L, at least 1 except with "none".
     original_window: L, in tokens (dynamic, yarn, llama3).
     length: the current length in tokens (dynamic).
-    beta_fast, beta_slow: yarn keeps pairs that turn over beta_fast times within that window,
-        and interpolates those that turn fewer than beta_slow times.
+    beta_fast, beta_slow: yarn keeps pairs that make more than beta_fast turns within that window,
+        and interpolates those that make fewer than beta_slow.
     attention_factor: yarn's factor on cos and sin; None means 0.1 ln(scale) + 1. Others ignore it.
-    low_freq_factor, high_freq_factor: the same two numbers for llama3, the smaller one first.
+    low_freq_factor, high_freq_factor: llama3's beta_slow and beta_fast.
 
     The result is cached: do not write into it.
     Raises ValueError for an unknown method or a value out of range.

@@ -1,6 +1,6 @@
 """Pre-train a small LLaMA, or extend the window of any LLaMA by fine-tuning at the longer length.
 
-    python train.py                           # pre-train the tiny base on text, into out/base
+    python train.py                           # pre-train the tiny base, into out/base
     python train.py --scale 8                 # extend the newest base in out/ by PI
     python train.py --scale 8 --rope none     # the paper's baseline: direct fine-tuning
     python train.py --scale 8 --row_tokens 256                # short rows with skipped positions
@@ -9,28 +9,26 @@
     python train.py --plan --preset llama-7b --scale 16 --world_size 8 --device_memory 80
 
 Position Interpolation needs nothing of its own here. --scale S makes the config's window S times
-the original one (hf_config.extend), and rope.py does the rest. Each row of a step's global batch is
-a pure function of (seed, step, the row's index), and each process makes its share of the rows. So
-any number of processes sees the same batches, and a resumed run sees the batches that it would have
-seen. All flags are declared in train_flags.py.
+the original one (hf_config.extend), and rope.py does the rest. recipe.py says what a step is made
+of: text alone as in the paper, or for a tiny model text and passkeys. Each row of a step's global
+batch is a pure function of (seed, step, the row's index), and each process makes its share of the
+rows. So with the same --batch_size any number of processes sees the same batches, and a resumed run
+sees the batches that it would have seen. All flags are declared in train_flags.py.
 """
 
 import argparse
-import math
 import os
 import sys
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import batches
 import checkpoint
 import cli
 import cost
@@ -43,168 +41,14 @@ from parallel import (
     barrier, load_state, mean_over_processes, newest_state, process_0_first, process_group,
     processes, rank, save_state, save_weights, sharded
 )
+from recipe import batch_parts, lr_at
 from tokenizer import Tokenizer, train_tokenizer
-from train_flags import base_notes, check_flags, check_parts, parse
+from train_flags import base_notes, parse, settle_flags
 from trainlog import Log, StopSignal, prepare_folder, run_folder
-from trainset import Batch, Part, ReportData, TextData, prefetch, process_batch, text_part
-
-# Where --eval_windows is not given: validation takes at most this part of the training between two
-# looks, and at most so many windows and tokens
-EVAL_SHARE = 0.05
-EVAL_WINDOWS = 64
-EVAL_TOKENS = 65536
+from trainset import Batch, ReportData, TextData, prefetch, share_of_batch
 
 # PyTorch warns when one process saves alone, which is what a run on one process does
 warnings.filterwarnings("ignore", module="torch.distributed", message=".*single process.*")
-
-# ---- the recipe ----------------------------------------------------------------------------------
-
-
-class Recipe(NamedTuple):
-    """Settings that depend on the model; the command line may change each."""
-
-    max_iters: int
-    batch_size: int  # rows of text in a step, over all processes
-    learning_rate: float  # the peak
-    warmup_iters: int
-    decay: str  # "constant", or "linear" to 5% of the peak
-    mix: str  # what the rows are made of: "text" or "retrieval", see `batch_parts`
-
-
-def recipe(config: LLaMAConfig, scratch: bool, row_tokens: int | None = None) -> Recipe:
-    """The recipe for a base from scratch, for the paper's models, and for smaller ones.
-
-    row_tokens: tokens of a row of text; None: as many as the window has.
-    """
-    if scratch:
-        return Recipe(2200, 16, 4e-3, 50, decay="linear", mix="retrieval")
-    # So small a model forgets retrieval within tens of fine-tuning steps on text alone. So half of
-    # its training tokens are retrieval rows. They have the original length, so no key in training
-    # has more tokens between it and the question than the original window has.
-    if config.n_params <= 20e6:
-        rows = max(2, 8192 // (row_tokens or config.block_size))  # 8,192 tokens a step
-        return Recipe(200, rows, 1e-3, 20, decay="linear", mix="retrieval")
-    # Smaller models than the paper's are pre-trained, and so fine-tuned, at a higher rate
-    if config.n_params <= 1e9:
-        return Recipe(1000, 64, 1e-4, 20, decay="constant", mix="text")
-    # The paper (§3.1): 2e-5, and half of it from 33B on. It does not say what follows the warm-up.
-    # Not copied: its batch of 128 for 65B and for windows beyond 8,192 (--batch_size 128 does
-    # that).
-    if config.n_params <= 25e9:
-        return Recipe(1000, 64, 2e-5, 20, decay="constant", mix="text")
-    return Recipe(1000, 64, 1e-5, 20, decay="constant", mix="text")
-
-
-def cpu_recipe(of_gpus: Recipe, row_tokens: int, world: int) -> Recipe:
-    """The recipe for a larger model on a CPU, where that of GPUs would take weeks.
-
-    100 steps of about 4,096 tokens, as a trial that ends within hours for some 100 M parameters.
-    """
-    rows = max(1, 4096 // row_tokens)
-    rows = world * math.ceil(rows / world)
-    return of_gpus._replace(max_iters=100, batch_size=rows)
-
-
-def lr_at(step: int, args: argparse.Namespace) -> float:
-    """The learning rate of one step."""
-    # 1) linear warm-up: from 10% of the peak (§3.1) to the peak at step warmup_iters - 1
-    warmup = min(1.0, 0.1 + 0.9 * (step + 1) / max(1, args.warmup_iters))
-    lr = args.learning_rate * warmup
-    # 2) constant after that
-    if args.decay == "constant":
-        return lr
-    # 3) or a linear decay to 5% of the peak. It runs from step 0, so that the rate stays a little
-    # below the peak.
-    return lr * (1 - 0.95 * step / args.max_iters)
-
-
-def batch_parts(args: argparse.Namespace, config: LLaMAConfig, step: int = 0) -> list[Part]:
-    """The parts of a step's global batch: how many rows of which length, made of what."""
-    window = config.block_size
-    original_window = min(window, config.original_window)
-
-    # Text alone, as in the paper. (With --summary_field the rows are reports, and the mix is
-    # ignored.)
-    if args.mix == "text" or args.summary_field:
-        return [text_part(args, config, args.batch_size)]
-
-    # Pre-training: 40% of the rows have passkeys, 30% have repeated segments, and the rest is text,
-    # because on text alone a model this small learns no retrieval in minutes. The last fifth of the
-    # steps has a third of the retrieval: by then the model has the skill, and text is its weaker
-    # task.
-    if window == original_window:
-        share = 1.0
-        if step >= 0.8 * args.max_iters:
-            share = 1 / 3
-        retrieval = batches.Mix(passkey=0.4 * share, repeat=0.3 * share)
-        return [Part(window, args.batch_size, retrieval)]
-
-    # Extending: half of the tokens are text for the extended window, half are retrieval rows of the
-    # original length. Their positions are skipped, so that they reach through the extended window:
-    # with near keys alone the model would learn that all keys are near. In pre-training a passkey
-    # row often has many keys (dense) or several prompts. Here each has one prompt with one key
-    # (dense 0, alone 1). With several keys the model would learn to look back only as far as the
-    # last one.
-    text_rows = args.batch_size // 2
-    retrieval_rows = (args.batch_size - text_rows) * (window // original_window)
-    if args.row_tokens < window:
-        retrieval_rows = (args.batch_size - text_rows) * args.row_tokens // original_window
-    retrieval = batches.Mix(passkey=0.8, repeat=0.2, dense=0.0, alone=1.0)
-    retrieval_reach = 0 if args.no_skip else window
-    return [
-        text_part(args, config, text_rows),
-        Part(original_window, retrieval_rows, retrieval, retrieval_reach)
-    ]
-
-
-def fill_in_recipe(
-    args: argparse.Namespace, config: LLaMAConfig, world: int, machine: plan.Machine
-) -> list[str]:
-    """Give the flags that are missing their values, and refuse what can't be run.
-
-    Returns notes for the user on what was chosen.
-    """
-    notes = []
-    # --plan may combine --preset with --scale: it then plans to extend a model of that shape
-    scratch = args.init == "scratch" and args.scale is None
-    if args.row_tokens is None:
-        args.row_tokens = config.block_size
-    defaults = recipe(config, scratch, args.row_tokens)
-    if defaults.mix == "retrieval":
-        # Round the batch up to a multiple of 2 * world: when extending, half of the rows are text
-        # and half are retrieval, and each half is shared among the processes
-        groups = math.ceil(defaults.batch_size / (2 * world))
-        defaults = defaults._replace(batch_size=2 * world * groups)
-    elif machine.device_type == "cpu":
-        gpus = f"{defaults.max_iters:,} of {defaults.batch_size}"
-        defaults = cpu_recipe(defaults, args.row_tokens, world)
-        if args.max_iters is None or args.batch_size is None:
-            notes.append(
-                f"on a CPU the default is {defaults.max_iters} steps of {defaults.batch_size} rows,"
-                f" where GPUs take {gpus}: --max_iters and --batch_size change it"
-            )
-    for name, value in defaults._asdict().items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
-    check_flags(args, config)
-    check_parts(args, batch_parts(args, config), world)
-    plan.choose_micro_batch(args, config, world, machine)
-    if args.eval_every is None:
-        args.eval_every = max(1, args.max_iters // 10)
-    if args.eval_windows is None:
-        args.eval_windows = validation_windows(args, config)
-    return notes
-
-
-def validation_windows(args: argparse.Namespace, config: LLaMAConfig) -> int:
-    """The rows of a look at the validation loss, so that nobody waits for it."""
-    length = args.row_tokens
-    steps = min(args.eval_every, args.max_iters)
-    training = steps * cost.step_flops(config, batch_parts(args, config))
-    reading = length * cost.flops_per_token(config, length, training=False)
-    affordable = int(EVAL_SHARE * training / reading)
-    return max(1, min(affordable, EVAL_WINDOWS, EVAL_TOKENS // length))
-
 
 # ---- the model -----------------------------------------------------------------------------------
 
@@ -234,7 +78,7 @@ def prepare(args: argparse.Namespace) -> None:
     config, tokenizer = read_model_config(args)
     # What is tokenized is the same on any machine, so that the CPU may stand for the GPUs
     machine = plan.machine_here(torch.device("cpu"), torch.float32)
-    fill_in_recipe(args, config, world=1, machine=machine)
+    settle_flags(args, config, world=1, machine=machine)
     read_data(args, config, tokenizer)
     print("all is ready: now the same flags without --prepare", file=sys.stderr)
 
@@ -294,6 +138,26 @@ class Run:
     optimizer: torch.optim.Optimizer
     step: int  # steps that are done
     save_dtype: torch.dtype  # of the weights that are kept
+
+
+def train_step(
+    run: Run, args: argparse.Namespace, batch: Batch, lr: float, stop: StopSignal
+) -> Tensor | None:
+    """Do one step: set the learning rate, add up gradients, update the weights.
+
+    Returns the loss as `accumulate_gradients` does; None if a signal came: nothing has changed.
+    """
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    loss = accumulate_gradients(run, batch, stop)
+    if loss is None:
+        return None
+    if args.grad_clip > 0:
+        nn.utils.clip_grad_norm_(run.model.parameters(), args.grad_clip)
+    run.optimizer.step()
+    clear_gradients(run)
+    run.step += 1
+    return loss
 
 
 def accumulate_gradients(run: Run, batch: Batch, stop: StopSignal) -> Tensor | None:
@@ -372,7 +236,7 @@ def set_up(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -
     with process_0_first():
         config, tokenizer = read_model_config(args)
     machine = plan.machine_here(device, dtype)
-    notes = fill_in_recipe(args, config, processes(), machine)
+    notes = settle_flags(args, config, processes(), machine)
     out = run_folder(args, config)
     save_dtype = dtype_to_save(args)
     if not args.force:
@@ -428,22 +292,15 @@ def train(args: argparse.Namespace, run: Run) -> int:
     def make_batch(step: int) -> Batch:
         step_parts = batch_parts(args, run.config, step)
         pin = run.device.type == "cuda"
-        return process_batch(run.source, step, step_parts, args.micro_batch_size, pin)
+        return share_of_batch(run.source, step, step_parts, args.micro_batch_size, pin)
 
     with StopSignal() as stop:
         for batch in prefetch(make_batch, first=run.step, last=args.max_iters):
-            # one step: set the learning rate, add up gradients, update the weights
+            # one step, or none if a signal came: what counts then is the last whole step
             lr = lr_at(run.step, args)
-            for group in run.optimizer.param_groups:
-                group["lr"] = lr
-            loss = accumulate_gradients(run, batch, stop)
-            if loss is None:  # a signal came: what counts is the last whole step
+            loss = train_step(run, args, batch, lr, stop)
+            if loss is None:
                 break
-            if args.grad_clip > 0:
-                nn.utils.clip_grad_norm_(run.model.parameters(), args.grad_clip)
-            run.optimizer.step()
-            clear_gradients(run)
-            run.step += 1
             log.add(run.step, lr, loss)
 
             # every --eval_every steps: the validation loss
@@ -500,8 +357,8 @@ def main(argv: list[str] | None = None) -> None:
         world = args.world_size or int(os.environ.get("WORLD_SIZE", 1))
         config = plan.planned_config(args)
         machine = plan.planned_machine(args)
-        notes = fill_in_recipe(args, config, world, machine)
-        text = plan.plan(args, config, world, batch_parts(args, config), machine)
+        notes = settle_flags(args, config, world, machine)
+        text = plan.plan(args, config, world, machine)
         print("\n".join([text, *notes]))
         return
     if args.prepare:

@@ -1,20 +1,28 @@
-"""The flags of train.py, in groups. What is not given is filled in by train.fill_in_recipe."""
+"""The flags of train.py, in groups; what is not given is settled by model, machine and recipe."""
 
 import argparse
 import math
 from pathlib import Path
 
+import cost
+import plan
 from cli import (
     CHECKPOINT_FORMS, DATA_FORMS, Parser, WholeNumbers, add_model_flags, at_least, read_json
 )
-from cost import ACTIVATIONS
 from model import PRESETS, LLaMAConfig
 from parallel import newest_state, states, step_of
 from prompts import PAPER_INPUT
+from recipe import batch_parts, cpu_recipe, default_recipe
 from trainset import Part
 
+# Where --eval_windows is not given: validation takes at most this part of the training between two
+# looks, but at least one row, and at most so many rows and tokens
+EVAL_SHARE = 0.05
+EVAL_WINDOWS = 64
+EVAL_TOKENS = 65536
+
 SHIPPED_BASE = Path(__file__).parent / "assets" / "base"
-BY_SIZE = "; default: by the model's size, see train.recipe"
+BY_SIZE = "; default: by the model's size, see recipe.py"
 
 
 def parse(doc: str, argv: list[str] | None) -> argparse.Namespace:
@@ -108,7 +116,7 @@ def add_run_flags(parser: Parser) -> None:
     add("--dist", choices=("ddp", "fsdp"),
         help="under torchrun: each process holds all the weights, or a part; "
         "default: ddp where weights, gradients and optimizer fit one device")
-    add("--checkpoint_activations", choices=ACTIVATIONS,
+    add("--checkpoint_activations", choices=cost.ACTIVATIONS,
         help="recompute activations in the backward pass: slower, far less memory; "
         "default: none where they fit, else selective, else full")
     add("--compile", action="store_true", help="torch.compile, block by block")
@@ -166,6 +174,55 @@ def base_notes(init: str) -> list[str]:
                 f"as it is; finish it first by `python train.py --resume --out {init}`"
             )
     return notes
+
+
+def settle_flags(
+    args: argparse.Namespace, config: LLaMAConfig, world: int, machine: plan.Machine
+) -> list[str]:
+    """Give the flags that are missing their values, and refuse what can't be run.
+
+    Returns notes for the user on what was chosen.
+    """
+    notes = []
+    # --plan may combine --preset with --scale: it then plans to extend a model of that shape
+    scratch = args.init == "scratch" and args.scale is None
+    if args.row_tokens is None:
+        args.row_tokens = config.block_size
+    defaults = default_recipe(config, scratch, args.row_tokens)
+    if defaults.mix == "retrieval":
+        # Round the batch up to a multiple of 2 * world: when extending, half of the rows are text
+        # and half are retrieval, and each half is shared among the processes
+        groups = math.ceil(defaults.batch_size / (2 * world))
+        defaults = defaults._replace(batch_size=2 * world * groups)
+    elif machine.device_type == "cpu":
+        gpus = f"{defaults.max_iters:,} of {defaults.batch_size}"
+        defaults = cpu_recipe(defaults, args.row_tokens, world)
+        if args.max_iters is None or args.batch_size is None:
+            notes.append(
+                f"on a CPU the default is {defaults.max_iters} steps of {defaults.batch_size} rows,"
+                f" where GPUs take {gpus}: --max_iters and --batch_size change it"
+            )
+    for name, value in defaults._asdict().items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    check_flags(args, config)
+    check_parts(args, batch_parts(args, config), world)
+    plan.choose_micro_batch(args, config, world, machine)
+    if args.eval_every is None:
+        args.eval_every = max(1, args.max_iters // 10)
+    if args.eval_windows is None:
+        args.eval_windows = validation_windows(args, config)
+    return notes
+
+
+def validation_windows(args: argparse.Namespace, config: LLaMAConfig) -> int:
+    """The rows of a look at the validation loss, so that nobody waits for it."""
+    length = args.row_tokens
+    steps = min(args.eval_every, args.max_iters)
+    training = steps * cost.step_flops(config, batch_parts(args, config))
+    reading = length * cost.flops_per_token(config, length, training=False)
+    affordable = int(EVAL_SHARE * training / reading)
+    return max(1, min(affordable, EVAL_WINDOWS, EVAL_TOKENS // length))
 
 
 def check_flags(args: argparse.Namespace, config: LLaMAConfig) -> None:

@@ -25,7 +25,7 @@ class Part(NamedTuple):
     length: int
     rows: int
     mix: batches.Mix
-    window: int = 0  # not 0: positions are skipped, and lie below it
+    reach: int = 0  # positions are random ones below it; 0: they are 0, 1, 2, ...
 
 
 def text_part(args: argparse.Namespace, config: LLaMAConfig, rows: int) -> Part:
@@ -100,17 +100,17 @@ class TextData:
         self, corpus: data.Corpus, step: int, part: Part, indices: range, seed: int
     ) -> MicroBatch:
         # Text with skipped positions is skipped as well: it goes on later in its document
-        if part.window and part.mix == batches.Mix():
+        if part.reach and part.mix == batches.Mix():
             return MicroBatch(
-                *batches.sample_text(corpus, part.length, part.window, step, indices, seed=seed)
+                *batches.sample_text(corpus, part.length, part.reach, step, indices, seed=seed)
             )
         ids, targets = batches.sample_batch(
             corpus, self.tokenizer, part.length, step, indices, seed=seed, mix=part.mix
         )
         positions = None
-        if part.window:
+        if part.reach:
             positions = batches.sample_positions(
-                part.length, part.window, step, indices, seed=seed
+                part.length, part.reach, step, indices, seed=seed
             )
         return MicroBatch(ids, targets, positions)
 
@@ -146,7 +146,7 @@ class ReportData:
         return MicroBatch(ids, targets)
 
 
-def process_batch(
+def share_of_batch(
     source: TextData | ReportData, step: int, parts: list[Part], micro_batch_size: int, pin: bool
 ) -> Batch:
     """This process's share of a step's global batch, in micro batches of about equally many tokens.

@@ -25,6 +25,8 @@ from conftest import log
 from parallel import states
 from tokenizer import load_tokenizer
 from model import PRESETS, LLaMA, LLaMAConfig
+from recipe import Recipe, batch_parts, default_recipe, lr_at
+from train_flags import settle_flags
 from trainset import TextData
 
 pytestmark = pytest.mark.usefixtures("workplace")
@@ -201,7 +203,9 @@ def test_a_run_that_the_disk_cannot_hold_is_one_line_unless_forced(base, monkeyp
 
 def test_micro_batches_are_cut_until_they_fit(base):
     config = checkpoint.read_config(base)
-    args = SimpleNamespace(batch_size=64, dist=None, mix="text", row_tokens=256)
+    args = SimpleNamespace(
+        batch_size=64, dist=None, mix="text", row_tokens=256, no_skip=False, min_tokens=None
+    )
     chosen = []
     for free in (1e12, 400e6, 60e6, 48e6, 1e6):
         args.micro_batch_size = None
@@ -237,13 +241,13 @@ def test_a_real_model_has_a_small_recipe_on_a_cpu_and_the_papers_on_a_gpu(capsys
 
 def test_a_run_stopped_before_its_first_step_resumes_bit_for_bit(base, monkeypatch):
     out = Path("stopped-at-0")
-    real = train.process_batch
+    real = train.share_of_batch
 
     def signal_at_once(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
         return real(*arguments)
 
-    monkeypatch.setattr(train, "process_batch", signal_at_once)
+    monkeypatch.setattr(train, "share_of_batch", signal_at_once)
     with pytest.raises(SystemExit):
         run(out, "--max_iters", "8")
     monkeypatch.undo()
@@ -394,8 +398,8 @@ def test_short_documents_are_left_out(base, capsys):
     tokenizer = load_tokenizer(base)
     args = train.parse("", flags)
     config = checkpoint.read_config(base, scale=2)
-    train.fill_in_recipe(args, config, 1, plan.Machine("cpu", torch.float32, 8e9))
-    part = train.batch_parts(args, config)[0]
+    settle_flags(args, config, 1, plan.Machine("cpu", torch.float32, 8e9))
+    part = batch_parts(args, config)[0]
     rows = TextData(args, config, tokenizer).rows(0, part, range(20))
     texts = [tokenizer.decode(row.tolist()) for row in rows.ids]
     assert all("long" in text and "short" not in text for text in texts)
@@ -410,29 +414,29 @@ def test_a_small_models_batch_stays_half_text_and_half_retrieval(row_tokens, len
     config = LLaMAConfig.preset("tiny", block_size=1024, rope="linear", scale=4)
     args = train.parse("", ["--init", "base", "--scale", "4"])
     args.row_tokens = row_tokens
-    train.fill_in_recipe(args, config, 1, plan.Machine("cpu", torch.float32, 8e9))
-    parts = train.batch_parts(args, config)
+    settle_flags(args, config, 1, plan.Machine("cpu", torch.float32, 8e9))
+    parts = batch_parts(args, config)
     assert [part.length for part in parts] == lengths and [part.rows for part in parts] == rows
-    assert [part.window for part in parts] == [1024 if row_tokens else 0, 1024]
+    assert [part.reach for part in parts] == [1024 if row_tokens else 0, 1024]
     assert args.micro_batch_size == 16384 // max(lengths)
     args.no_skip = True
-    assert [part.window for part in train.batch_parts(args, config)] == [0, 0]
+    assert [part.reach for part in batch_parts(args, config)] == [0, 0]
     args.min_tokens = 10
-    assert train.batch_parts(args, config)[0].window == lengths[0]
+    assert batch_parts(args, config)[0].reach == lengths[0]
 
 
 def test_the_papers_recipe_from_7b_on():
-    seven = train.recipe(LLaMAConfig.preset("llama-7b"), scratch=False)
-    assert seven == train.Recipe(1000, 64, 2e-5, 20, decay="constant", mix="text")
-    thirty = train.recipe(LLaMAConfig.preset("llama-33b"), scratch=False)
+    seven = default_recipe(LLaMAConfig.preset("llama-7b"), scratch=False)
+    assert seven == Recipe(1000, 64, 2e-5, 20, decay="constant", mix="text")
+    thirty = default_recipe(LLaMAConfig.preset("llama-33b"), scratch=False)
     assert thirty == seven._replace(learning_rate=1e-5)
-    assert train.recipe(LLaMAConfig.preset("llama3-8b"), scratch=False) == seven
+    assert default_recipe(LLaMAConfig.preset("llama3-8b"), scratch=False) == seven
 
 
 def test_warm_up_starts_at_ten_percent_and_ends_at_the_peak():
     args = SimpleNamespace()
     args.learning_rate, args.warmup_iters, args.max_iters, args.decay = 2e-5, 20, 1000, "constant"
-    rates = [train.lr_at(step, args) for step in range(1000)]
+    rates = [lr_at(step, args) for step in range(1000)]
     assert rates[0] == pytest.approx(2e-5 * (0.1 + 0.9 / 20))
     assert rates[19:] == [2e-5] * 981
     assert all(a < b for a, b in zip(rates[:19], rates[1:20]))

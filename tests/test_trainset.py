@@ -11,7 +11,7 @@ import trainset
 from batches import Mix, sample_positions
 from data import Corpus
 from tokenizer import train_tokenizer
-from trainset import MicroBatch, Part, prefetch, process_batch
+from trainset import MicroBatch, Part, prefetch, share_of_batch
 
 
 TEXT = "".join(f"line {i}: the sky is {i % 7} times blue\n" for i in range(300))
@@ -38,7 +38,7 @@ def test_the_shares_of_the_processes_make_up_the_global_batch(monkeypatch, world
     rows = []
     for rank in range(world):
         monkeypatch.setattr(trainset, "rank", lambda rank=rank: rank)
-        share = process_batch(CountingRows(), 7, PARTS, micro_batch_size=2, pin=False)
+        share = share_of_batch(CountingRows(), 7, PARTS, micro_batch_size=2, pin=False)
         assert len(drawn(share)) == 18 // world
         # Micro batches of the shorter rows have as many tokens, and so more rows
         assert all(len(rows.ids) <= 2 * 512 // rows.ids[0, 1] for rows in share)
@@ -58,7 +58,7 @@ def test_rows_of_a_mix_keep_their_tokens_where_positions_are_skipped():
     source.train = Corpus(tokens, np.array([0, len(tokens)]), "text", False, False)
     mix = Mix(passkey=0.5, repeat=0.3)
     plain = source.rows(4, Part(64, 8, mix), range(8))
-    skipped = source.rows(4, Part(64, 8, mix, window=256), range(8))
+    skipped = source.rows(4, Part(64, 8, mix, reach=256), range(8))
     assert torch.equal(plain.ids, skipped.ids) and torch.equal(plain.targets, skipped.targets)
     assert plain.positions is None
     expected = sample_positions(64, 256, 4, range(8), seed=1)

@@ -14,7 +14,7 @@ import cost
 import plan
 import train
 from model import PRESETS
-from train_flags import parse
+from train_flags import parse, settle_flags
 
 MODELS = ("tinyllama-1.1b", "llama-7b", "llama3-8b")
 WINDOWS = (8192, 16384, 32768)
@@ -30,7 +30,7 @@ def lightest_mode(model: str, window: int, memory: int, gpus: int) -> str:
     args = parse(train.__doc__, flags)
     config = plan.planned_config(args)
     machine = plan.planned_machine(args)
-    train.fill_in_recipe(args, config, gpus, machine)
+    settle_flags(args, config, gpus, machine)
     needed = plan.memory_needed(args, config, gpus, machine)
     if cost.verdict(needed, machine.free) == "fits":
         return args.checkpoint_activations

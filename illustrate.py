@@ -109,8 +109,8 @@ def draw_line(axis: Axes, row: Row, position: float | None, scale: float) -> Non
     if position is None:
         return
 
-    # The dots that the token has passed. The second row begins beyond the window, and shows the dots
-    # of training too.
+    # The dots that the token has passed. The second row begins beyond the window, and also shows
+    # the dots of training.
     trained_dots = range(0, WINDOW, DOT_EVERY)
     dots = [m for m in range(0, end, DOT_EVERY) if row.first <= m <= position]
     factor = 1.0
@@ -183,7 +183,7 @@ class Frame(NamedTuple):
 
 
 def frames(steps: int = 12) -> list[Frame]:
-    """The frames in order. The first and the last show the whole picture, for viewers that show one.
+    """The frames in order. The first and the last show the whole picture, for still viewers.
 
     steps: frames in which a token walks from one end of a row's positions to the other.
     """

@@ -384,7 +384,7 @@ def test_bounds_are_in_units_of_h_and_of_d():
     assert heights["interpolation, the paper's (7): 0.250"] == 0.25
     assert axes[0].get_yscale() == "log"
     assert left["extrapolation, eq. (8): 2B(s)"].get_color() == plots.LOOKS["extrapolated"].color
-    assert left["interpolation, exact: 0.500"].get_color() == plots.LOOKS["PI"].color
+    assert left["interpolation, attained: 0.400"].get_color() == plots.LOOKS["PI"].color
     for axis in axes:
         assert "trained window: 2" in names_in_legend(axis)
     assert figure.get_suptitle() == "RoPE with head_dim 8, theta 10000"

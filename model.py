@@ -134,7 +134,7 @@ _SMOLLM2 = dict(
 # The positional arguments: n_layer, n_head, n_embd, intermediate_size
 PRESETS = {
     # Learns to read and to retrieve in minutes on a CPU. With this theta the mean score of like
-    # tokens first falls below 0 near the end of the window (bounds.first_zero), as LLaMA's does.
+    # tokens first falls below 0 near the length of the window (bounds.first_zero), as LLaMA's does.
     "tiny": _shape(3, 2, 128, 352, rope_theta=2000.0),
     "llama-7b": _shape(32, 32, 4096, 11008, **_LLAMA1),
     "llama-13b": _shape(40, 40, 5120, 13824, **_LLAMA1),

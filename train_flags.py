@@ -231,6 +231,8 @@ def check_flags(args: argparse.Namespace, config: LLaMAConfig) -> None:
         raise ValueError("--summary_field needs --data, files with documents and summaries")
     if args.summary_field and args.init == "scratch":
         raise ValueError("--summary_field fine-tunes a model that reads already: give --init")
+    if args.summary_field and args.min_tokens:
+        raise ValueError("--min_tokens chooses texts: with --summary_field leave it out")
     check_row_tokens(args, config)
     if config.rope == "dynamic":
         raise ValueError(

@@ -116,7 +116,7 @@ class Log:
             if not math.isfinite(loss):
                 raise ValueError(
                     f"the loss at step {line['iter']} is not finite: lower --learning_rate; "
-                    f"{self.path.parent} keeps the checkpoint before it"
+                    f"what was saved before it stays in {self.path.parent}"
                 )
 
         text = f"loss {losses[-1]:.3f} ({self.content}), {speed['tokens_per_second']:,.0f} tokens/s"

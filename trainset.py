@@ -74,8 +74,11 @@ class TextData:
         if args.min_tokens:
             self.leave_out_short_documents(args.min_tokens)
         # Too little data is found before anything is written
-        for corpus in (self.train, self.val):
-            batches.check_length(corpus, args.row_tokens)
+        longest = args.row_tokens
+        if args.mix == "retrieval":  # its rows have the original length
+            longest = max(longest, min(config.block_size, config.original_window))
+        batches.check_length(self.train, longest)
+        batches.check_length(self.val, args.row_tokens)
 
     def leave_out_short_documents(self, least: int) -> None:
         """Train on documents of at least so many tokens, and say how many are left out."""

@@ -656,7 +656,10 @@ WEIGHT_COLORS = {"cmap": "magma", "norm": PowerNorm(0.4, 0, 1), "interpolation":
 
 
 def largest_in_blocks(weights: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """At most `shape` numbers, each the largest of a block, so that thin lines are not lost."""
+    """Each number is the largest of a block, so that thin lines are not lost.
+
+    shape: the numbers to aim at; there are fewer than twice as many in each direction.
+    """
     rows = max(1, weights.shape[0] // shape[0])
     columns = max(1, weights.shape[1] // shape[1])
     below = np.arange(0, weights.shape[0], rows)

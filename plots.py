@@ -20,7 +20,7 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
@@ -656,3 +656,107 @@ def draw_by_pair(axis: Axes, curves: dict[str, np.ndarray]) -> None:
     axis.set_xlabel("pair j")
     axis.grid(color="0.92")
     axis.legend(fontsize=8)
+
+
+# ---- the notebook of the heads (position_interpolation.ipynb) ------------------------------------
+
+# Small weights of attention stay visible: its colors go by the weight to this power
+WEIGHT_COLORS = {"cmap": "magma", "norm": PowerNorm(0.4, 0, 1), "interpolation": "nearest"}
+
+
+def largest_in_blocks(weights: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Each number is the largest of a block, so that thin lines are not lost.
+
+    shape: the numbers to aim at; there are fewer than twice as many in each direction.
+    """
+    rows = max(1, weights.shape[0] // shape[0])
+    columns = max(1, weights.shape[1] // shape[1])
+    below = np.arange(0, weights.shape[0], rows)
+    along = np.arange(0, weights.shape[1], columns)
+    return np.maximum.reduceat(np.maximum.reduceat(weights, below, axis=0), along, axis=1)
+
+
+def draw_attention_map(axis: Axes, weights: np.ndarray, window: int) -> AxesImage:
+    """Draw a head's weights (T, T), a row for each query. Far keys lie below a dashed line."""
+    n = len(weights)
+    picture = largest_in_blocks(weights, (128, 128))
+    image = axis.imshow(picture, extent=(0, n, n, 0), **WEIGHT_COLORS)
+    ticks = [0, n]
+    if n > window:
+        ticks = [0, window, n]
+        axis.plot([0, n - window], [window, n], color="white", linestyle="--", linewidth=0.8)
+    axis.set(xticks=ticks, yticks=ticks, xlabel="key position")
+    return image
+
+
+def draw_answer(
+    axis: Axes, weights: np.ndarray, line: slice, answer: Sequence[str], window: int
+) -> AxesImage:
+    """Draw a head's weights for the tokens of an answer, (tokens, T), a row for each.
+
+    line: the tokens of the prompt that hold the key, which get a frame.
+    """
+    tokens, length = weights.shape
+    picture = largest_in_blocks(weights, (tokens, 256))
+    image = axis.imshow(picture, aspect="auto", extent=(0, length, tokens, 0), **WEIGHT_COLORS)
+    axis.axvspan(line.start, line.stop, fill=False, edgecolor=LIGHT_BLUE.color, linewidth=1.4)
+    if length > window:
+        axis.axvline(length - tokens - window, color="white", linestyle="--", linewidth=0.8)
+    axis.set_yticks(np.arange(tokens) + 0.5, answer, fontsize=7)
+    return image
+
+
+def draw_look_back(axis: Axes, profiles: dict[str, np.ndarray], methods: Sequence[str]) -> None:
+    """Draw the mean weight on the keys at distances 0, 1, 2, ..., bars for each name."""
+    width = 0.8 / len(profiles)
+    looks = method_styles(methods)
+    for i, (name, profile) in enumerate(profiles.items()):
+        middles = np.arange(len(profile)) + (i - (len(profiles) - 1) / 2) * width
+        bar = {"color": looks[i]["color"], "edgecolor": looks[i]["color"], "label": name}
+        if looks[i]["color"] in [look["color"] for look in looks[:i]]:
+            bar["color"] = "white"  # bars of one color are full and empty
+        axis.bar(middles, profile, 0.85 * width, **bar)
+    axis.set(xlabel="distance to the key (tokens)", ylabel="mean attention weight")
+    axis.set_xticks(range(len(profile)))
+    axis.set_axisbelow(True)
+    axis.grid(color="0.92", axis="y")
+    axis.legend(fontsize=8)
+
+
+def draw_moved_apart(axes: Sequence[Axes], s: np.ndarray, logits: np.ndarray, window: int) -> None:
+    """Draw the mean logit (above) and the largest |logit| (below) of each head over the distance.
+
+    logits: (heads, pairs of tokens, distances).
+    """
+    above, below = axes
+    for head, values in enumerate(logits):
+        largest = np.abs(values).max(axis=0)
+        above.plot(s, values.mean(axis=0), label=f"head {head}", color=COLORS[1 + head % 6])
+        below.plot(s, largest, color=COLORS[1 + head % 6], linewidth=0.8)
+    below.set(xlabel="distance s (tokens)", ylim=(0, None))
+    for axis in axes:
+        axis.axvspan(0, window, color="0.9", zorder=0)
+        axis.grid(color="0.92")
+
+
+def draw_damage(
+    axis: Axes, curves: dict[str, np.ndarray], methods: Sequence[str], window: int
+) -> None:
+    """Draw losses above those of a yardstick over the position, as means over 64 positions."""
+    for (name, values), look in zip(curves.items(), method_styles(methods, markersize=4)):
+        whole = len(values) // 64 * 64
+        means = values[:whole].reshape(-1, 64).mean(axis=1)
+        axis.plot(32 + 64 * np.arange(len(means)), means, label=name, **look)
+    axis.axvspan(0, window, color="0.9", zorder=0, label=f"trained window, {window:,}")
+    axis.set(xlabel="position (tokens before)", ylabel="loss above the yardstick's (nats)")
+    axis.grid(color="0.92")
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+
+
+def draw_by_layer(axis: Axes, curves: dict[str, np.ndarray], methods: Sequence[str]) -> None:
+    """Draw a value for each layer, a line for each name."""
+    for (name, values), look in zip(curves.items(), method_styles(methods, markersize=5)):
+        axis.plot(np.arange(len(values)), values, label=name, **look)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set_xlabel("layer")
+    axis.grid(color="0.92")

@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_hex, to_rgb
 
 import plots
 from evaluation import Curve
@@ -413,3 +413,23 @@ def test_speed_and_memory_have_a_line_for_each_task():
         assert axis.get_xscale() == "log"
         assert list(axis.get_xticks()) == [1024, 4096]
         assert names_in_legend(axis) == ["train", "decode"]
+
+
+# ---- the notebook of the heads -------------------------------------------------------------------
+
+
+def test_blocks_of_weights_keep_thin_lines():
+    weights = np.zeros((5, 1000))
+    weights[3, 777] = 0.5
+    picture = plots.largest_in_blocks(weights, (5, 128))
+    assert picture.shape == (5, 143)  # blocks of 7
+    assert picture[3, 777 // 7] == 0.5 and picture.sum() == 0.5
+    assert plots.largest_in_blocks(weights[:, :100], (128, 128)).shape == (5, 100)
+
+
+def test_bars_of_one_color_are_full_and_empty():
+    figure, axes = plots.new_figure(panels=1)
+    profiles = {"inside": np.ones(3), "beyond": np.ones(3), "PI": np.ones(3)}
+    plots.draw_look_back(axes[0], profiles, ["not extended", "extrapolated", "PI"])
+    colors = [to_hex(bars[0].get_facecolor()) for bars in axes[0].containers]
+    assert colors == [plots.BLACK.color, "#ffffff", plots.LOOKS["PI"].color]

@@ -10,11 +10,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+import checkpoint
 import cli
+import data
 import demo
+import eval_ppl
 from parallel import states
-from passkey import k_max, share_found
+from passkey import distances, k_max, retrieve, share_found
+from train_flags import SHIPPED_BASE
 
 ROOT = Path(__file__).parent.parent
 DEMO = [sys.executable, str(ROOT / "demo.py")]
@@ -107,6 +112,26 @@ def test_the_table_of_one_run_and_of_several():
     assert "45% ± 64%" in line
     assert "384 ± 181" in line
     assert "512, 256" in line
+
+
+# ---- the base that comes with the code -----------------------------------------------------------
+
+
+def test_the_base_is_what_the_experiments_say(tmp_path):
+    """A perplexity of 22.2 and 78% of the keys in its window; the text depends on Python's version."""
+    base = checkpoint.load(SHIPPED_BASE, dtype=torch.float32).eval()
+    tokenizer = checkpoint.load_tokenizer(SHIPPED_BASE, base.config)
+    assert base.config.original_window == base.config.block_size == 256
+    corpus = data.load_corpus(None, tokenizer, "val", cache=tmp_path)
+    documents, _ = eval_ppl.choose_documents(corpus.documents(), 1024, 1024, 12)
+    ppl = {}
+    for window in (256, 1024):
+        measured = eval_ppl.perplexity(base, documents, window, 128, tokenizer.bos_id)
+        ppl[window] = measured["ppl"]
+    assert 18 < ppl[256] < 26
+    assert ppl[1024] > 1.5 * ppl[256]
+    points = retrieve(base, tokenizer, 256, distances(256, 16), tries=5)
+    assert 0.65 < share_found(points, 0).found < 0.9
 
 
 # ---- the stages ----------------------------------------------------------------------------------

@@ -236,7 +236,7 @@ def test_the_planned_peak_under_fsdp_is_that_of_pytorchs_tracker():
             checkpoint_activations=activations
         )
         print(f"{activations}: tracked {format_bytes(peak)}, planned {planned['peak'] / peak:.3f}")
-        assert planned["peak"] == pytest.approx(peak, rel=0.15)
+        assert 0.85 < planned["peak"] / peak < 1.2  # too much is the lesser evil
     assert peaks["none"] > 1.5 * peaks["selective"] > 1.5 * peaks["full"]
 
 

@@ -422,9 +422,10 @@ def test_initial_weights_come_from_torchs_seed():
     assert torch.equal(weights(1), weights(1)) and not torch.equal(weights(1), weights(2))
 
 
-PUBLISHED = {  # parameters, in billions: the LLaMA, Llama 2 and Llama 3 papers' and SmolLM2's model cards
+PUBLISHED = {  # parameters, in billions: the papers' of LLaMA, Llama 2 and 3, and the model cards of SmolLM2 and TinyLlama
     "llama-7b": 6.74, "llama-13b": 13.0, "llama-33b": 32.5, "llama-65b": 65.2, "llama2-7b": 6.74, "llama2-13b": 13.0,
     "llama2-70b": 69.0, "llama3-8b": 8.03, "llama3-70b": 70.6, "smollm2-135m": 0.1345,
+    "tinyllama-1.1b": 1.10,
 }  # fmt: skip
 
 

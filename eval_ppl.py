@@ -374,7 +374,8 @@ def difference_table(results: list[dict], windows: list[int]) -> str:
                 cell += f" ± {stderr:.4f}"
             line.append(cell)
         lines.append(line)
-    return text_table([f"loss minus that of {results[0]['init']}"] + windows, lines)
+    header = [f"loss minus that of {results[0]['init']}, in nats"]
+    return text_table(header + windows, lines)
 
 
 def headline(args: argparse.Namespace, result: dict) -> str:

@@ -9,6 +9,9 @@ MFU (model FLOPs utilization): the FLOP/s of the model's arithmetic over those o
 import math
 import os
 import re
+import time
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +20,7 @@ import torch
 
 from cli import format_bytes
 from loss import CHUNK_LOGITS
-from model import LLaMAConfig
+from model import LLaMA, LLaMAConfig
 
 # Dense bf16 FLOP/s of a device, from the vendors' data sheets, by a part of its name. The first
 # part that is found in the name counts.
@@ -39,6 +42,8 @@ PEAK_FLOPS = {
     "RTX 3090": 71e12,
 }
 
+
+MEASURED_SECONDS = 0.5  # how long measured_flops measures, at least one step
 
 # What --checkpoint_activations may be, the fastest first
 ACTIVATIONS = ("none", "selective", "full")
@@ -130,6 +135,40 @@ def expected_mfu(length: int) -> MFU:
     columns = zip(*PUBLISHED_MFU.values())  # all low ones, all expected ones, all high ones
     values = [np.interp(np.log2(length), log_windows, column) for column in columns]
     return MFU(*map(float, values))
+
+
+def measured_flops(
+    config: LLaMAConfig, rows: int, length: int, checkpoint_activations: str, device: torch.device,
+    dtype: torch.dtype
+) -> float:
+    """FLOP/s that a device reaches here and now, in training steps of one of the model's blocks.
+
+    rows, length: of a micro batch.  dtype: what autocast computes in.
+    """
+    # The head is left small, because one block beside the whole head would not be typical
+    small = replace(config, n_layer=1, vocab_size=min(config.vocab_size, 1024))
+    model = LLaMA(small).to(device)
+    model.checkpoint_activations = checkpoint_activations
+    ids = torch.zeros(rows, length, dtype=torch.int64, device=device)
+    autocast = nullcontext()
+    if dtype != torch.float32:
+        autocast = torch.autocast(device.type, dtype)
+
+    def step() -> None:
+        with autocast:
+            loss = model(ids, ids)
+        loss.backward()
+        loss.item()  # waits for the device
+
+    step()  # the first one is slower: memory is allocated, and kernels are loaded
+    steps = 0
+    seconds = 0.0
+    start = time.perf_counter()
+    while seconds < MEASURED_SECONDS:
+        step()
+        steps += 1
+        seconds = time.perf_counter() - start
+    return steps * rows * length * flops_per_token(small, length) / seconds
 
 
 # ---- memory --------------------------------------------------------------------------------------
@@ -265,6 +304,7 @@ def verdict(peak: float, available: float) -> str:
 def free_memory(device: torch.device) -> float:
     """Bytes of memory that are free: of a GPU, or of the machine for a CPU."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what this process has freed is free
         return torch.cuda.mem_get_info(device)[0]
     return free_cpu_memory()
 

@@ -4,12 +4,13 @@
     python demo.py --scratch               # pre-train that base first
     python demo.py --all                   # fine-tune with NTK and YaRN too
     python demo.py --scratch --seeds 0,1,2           # mean and spread over three seeds
-    python demo.py --init FOLDER --data novels/ --scale 2 --steps 200   # the same for a real LLaMA
+    python demo.py --init FOLDER --data novels/      # the same for a real LLaMA, in hours on a CPU
 
 Each stage is one of the repo's scripts: train.py makes the base and extends it, eval_ppl.py
-measures perplexity, and passkey.py measures how far a checkpoint finds keys. A finished stage is
-kept as long as its settings stay the same; after a change of the code, give another --out. Ctrl-C
-during training saves, and the same command goes on from there.
+measures perplexity, and passkey.py measures how far a checkpoint finds keys. What will be done, and
+about how long it takes, is said first; demo_plan.py has the defaults. A finished stage is kept as
+long as its settings stay the same; after a change of the code, give another --out. Ctrl-C during
+training saves, and the same command goes on from there.
 """
 
 import argparse
@@ -22,21 +23,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import checkpoint
 import cli
 import data
+import demo_plan
 import eval_ppl
 import passkey
 import plots
 import train
-from evaluation import METHOD_NAMES, Curve
+from demo_plan import (
+    METHODS, base_folder, by_size, fine_tuning_flags, methods, planned_training, pretraining_flags
+)
+from evaluation import METHOD_NAMES, Curve, load_model
 from hf_config import extend
 from model import LLaMA
 from parallel import states
 from tokenizer import Tokenizer
-from train_flags import SHIPPED_BASE
-
-METHODS = {"PI": "linear", "direct": "none", "NTK": "ntk", "YaRN": "yarn"}  # name: its --rope
 
 
 class Row(NamedTuple):
@@ -64,21 +65,29 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--scratch", action="store_true", help="pre-train a tiny base, and extend that")
     add("--data", nargs="+", help=f"{cli.DATA_FORMS}; default: Python's standard library")
     add("--out", default="out/demo", help="the folder for everything")
-    add("--scale", type=float, default=4.0, help="the extended window over the original one, L'/L")
+    add("--scale", type=float,
+        help="the extended window over the original one, L'/L; " + by_size("scale"))
+    add("--row_tokens", type=cli.at_least(2),
+        help="tokens of a training row of text; in shorter rows than the extended window positions "
+        "skip through it; " + by_size("row_tokens") + ", or the original window if that is less")
     add("--base_steps", type=count,
         help="with --scratch: pre-training steps; default: as train.py has it")
-    add("--steps", nargs="+", action=cli.WholeNumbers, const=1, default=[25, 50, 100, 200],
-        help="measure each fine-tune after these steps, as 100,200; it ends with the last of them")
+    add("--steps", nargs="+", action=cli.WholeNumbers, const=1,
+        help="measure each fine-tune after these steps; it ends with the last of them; "
+        + by_size("steps"))
     add("--all", action="store_true", help="fine-tune with NTK and YaRN too")
-    add("--distances", type=count, default=16, help="passkeys: number of distances k")
-    add("--tries", type=count, default=10, help="passkeys: prompts for each k")
-    add("--documents", type=count, default=16, help="perplexity: validation documents")
-    add("--max_tokens", type=count, default=2048, help="perplexity: tokens of each document")
+    add("--distances", type=count,
+        help="passkeys: number of distances k; " + by_size("distances"))
+    add("--tries", type=count, help="passkeys: prompts for each k; " + by_size("tries"))
+    add("--documents", type=count,
+        help="perplexity: validation documents; " + by_size("documents"))
+    add("--max_tokens", type=count, default=2048,
+        help="perplexity: tokens of each document, or as many as fill the extended window")
     add("--seeds", nargs="+", action=cli.WholeNumbers, const=0, default=[0],
         help="do all of it once for each seed, as 0,1,2; several give mean and spread")
     add("--device", default="auto", help="cpu, cuda, mps; auto: a GPU where there is one")
     args = parser.parse_args(argv)
-    if not args.scale > 1:
+    if args.scale is not None and not args.scale > 1:
         parser.error(f"--scale must be above 1, got {args.scale:g}: the demo extends the window")
     if args.init and args.scratch:
         parser.error("--init and --scratch are two bases: give one of them")
@@ -90,28 +99,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 # ---- the stages ----------------------------------------------------------------------------------
 
 
-def run_seed(args: argparse.Namespace, seed: int) -> tuple[list[Row], int, int]:
-    """Run all stages for one seed. Returns the rows, the original window and the extended one."""
+def run_seed(args: argparse.Namespace, seed: int, long: int) -> list[Row]:
+    """Run all stages for one seed. long: the extended window."""
     out = Path(args.out) / f"seed-{seed}"
-    flags = ["--seed", str(seed), "--device", args.device]
-    if args.data:
-        flags += ["--data"] + args.data
 
-    # The base: a tiny model that is pre-trained here, or a checkpoint
+    # The base
+    base = base_folder(args, seed)
+    base_settings = {"init": str(base)}
     if args.scratch:
-        base = out / "base"
-        base_flags = flags + ["--init", "scratch"]
-        if args.base_steps:
-            base_flags += ["--max_iters", str(args.base_steps)]
-        base_settings = train_stage(base, base_flags, {}, "pre-training the base", args.device)
-    else:
-        base = Path(args.init or SHIPPED_BASE)
-        base_settings = {"init": str(base)}
-    config = checkpoint.read_config(base)
-    window = config.original_window
-    long = extend(config, args.scale, "linear").block_size
-    if long <= window:
-        raise ValueError(f"--scale {args.scale:g} leaves the window at {window}: give a larger one")
+        flags = pretraining_flags(args, seed)
+        base_settings = train_stage(base, flags, {}, "pre-training the base", args.processes)
 
     # The base without fine-tuning: extrapolated (rope "none") and interpolated (rope "linear")
     rows = []
@@ -122,21 +119,16 @@ def run_seed(args: argparse.Namespace, seed: int) -> tuple[list[Row], int, int]:
         rows.append(Row(name, rope, 0, **measures))
 
     # The fine-tunes by each method, measured after every number of steps in --steps
-    flags = flags + ["--init", str(base), "--scale", f"{args.scale:g}"]
-    flags += ["--max_iters", str(args.steps[-1])]
-    flags += ["--save_at", ",".join(str(steps) for steps in args.steps)]
-    for name, rope in METHODS.items():
-        if name in ("NTK", "YaRN") and not args.all:
-            continue
+    for name, rope in methods(args).items():
         folder = out / name
-        title = f"{name}: fine-tuning at {long} tokens with rope {rope!r}"
-        method_flags = flags + ["--rope", rope]
-        settings = train_stage(folder, method_flags, base_settings, title, args.device)
+        title = f"{name}: fine-tuning for {long} tokens with rope {rope!r}"
+        flags = fine_tuning_flags(args, seed, rope)
+        settings = train_stage(folder, flags, base_settings, title, args.processes)
         for steps in args.steps:
             file = out / f"{name}-{steps}.json"
             measures = evaluate_stage(file, folder / f"step-{steps}", {}, settings, args, seed)
             rows.append(Row(name, rope, steps, **measures))
-    return rows, window, long
+    return rows
 
 
 def stage(file: Path, settings: dict, work: Callable[[], dict]) -> dict:
@@ -153,7 +145,7 @@ def stage(file: Path, settings: dict, work: Callable[[], dict]) -> dict:
     return result
 
 
-def train_stage(folder: Path, flags: list[str], parent: dict, title: str, device: str) -> dict:
+def train_stage(folder: Path, flags: list[str], parent: dict, title: str, processes: int) -> dict:
     """Run train.py with some flags into a folder. Returns the settings of the run.
 
     parent: the settings that made the checkpoint which is fine-tuned; empty for the base.
@@ -169,32 +161,26 @@ def train_stage(folder: Path, flags: list[str], parent: dict, title: str, device
         start = "--overwrite"
         if same and states(folder):
             start = "--resume"
-        run_train(flags + ["--out", str(folder), start], device)
+        run_train(flags + ["--out", str(folder), start], processes)
         return {}
 
     stage(folder.with_suffix(".json"), settings, work)
     return settings
 
 
-def run_train(flags: list[str], device: str) -> None:
-    """Run train.py, on a CPU with several cores as two or four processes that share each batch.
+def run_train(flags: list[str], processes: int) -> None:
+    """Run train.py, in this process or in several, which share each batch.
 
-    With a model as small as the demo's, two processes are faster than two threads of one process.
-    If the training fails, the demo ends with torchrun's exit code.
+    If the training fails, the demo ends with the exit code of train.py or of torchrun.
     """
-    cores = os.cpu_count() or 1
-    torch_device, _ = cli.device_and_dtype(device)
-    if torch_device.type != "cpu" or cores < 2:
+    if processes == 1:
         train.main(flags)
         return
-    processes = 2
-    if cores >= 4:
-        processes = 4
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", str(processes), train.__file__]
     # By default torchrun kills processes that have not saved 30 seconds after Ctrl-C
     environment = os.environ | {
-        "OMP_NUM_THREADS": str(cores // processes),
+        "OMP_NUM_THREADS": str((os.cpu_count() or 1) // processes),
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",
     }
     torchrun = subprocess.Popen(command + flags, env=environment)
@@ -220,13 +206,11 @@ def evaluate_stage(
     parent: the settings that made the checkpoint.
     """
     settings = {"parent": parent, "extension": extension, "data": args.data}
-    for name in ("distances", "tries", "documents", "max_tokens"):
+    for name in ("distances", "tries", "documents", "max_tokens", "stride"):
         settings[name] = getattr(args, name)
 
     def work() -> dict:
-        device, dtype = cli.device_and_dtype(args.device)
-        model = checkpoint.load(folder, **extension, device=device, dtype=dtype).eval()
-        tokenizer = checkpoint.load_tokenizer(folder, model.config)
+        model, tokenizer = load_model(folder, extension, args.device)
         return evaluate(model, tokenizer, args, seed, file.stem)
 
     return stage(file, settings, work)
@@ -239,9 +223,9 @@ def evaluate(
     bos_id = tokenizer.bos_id
     long = model.config.block_size
 
-    # All windows score the same documents, those that fill the extended window
+    # All windows score the same documents, those that fill the extended window (with BOS)
     corpus = data.load_corpus(args.data, tokenizer, "val")
-    max_tokens = max(args.max_tokens, long)
+    max_tokens = max(args.max_tokens, long - len(tokenizer.bos_ids))
     documents, _ = eval_ppl.choose_documents(corpus.documents(), long, max_tokens, args.documents)
     if not documents:
         raise ValueError(
@@ -251,10 +235,9 @@ def evaluate(
     # Perplexity at the original window and at its doublings
     ppl = {}
     losses = {}
-    stride = min(256, model.config.original_window // 2)
     for window in eval_ppl.doublings(model.config):
         desc = f"{title}, window {window}"
-        measured = eval_ppl.perplexity(model, documents, window, stride, bos_id, desc=desc)
+        measured = eval_ppl.perplexity(model, documents, window, args.stride, bos_id, desc=desc)
         ppl[str(window)] = measured["ppl"]
         losses[str(window)] = measured["by_document"]
 
@@ -279,10 +262,11 @@ def evaluate(
 # ---- the results as text -------------------------------------------------------------------------
 
 
-def summary(rows: list[Row], window: int, long: int) -> list[str]:
+def summary(rows: list[Row], window: int, long: int, mix: str) -> list[str]:
     """Sentences on what the rows show, whatever they show.
 
     rows: the base first, then PI without fine-tuning, then the fine-tunes.
+    mix: what the fine-tunes were trained on, as --mix of train.py.
     """
     last = last_rows(rows)
     sentences = [
@@ -295,7 +279,7 @@ def summary(rows: list[Row], window: int, long: int) -> list[str]:
         pi = find(rows, "PI", steps)
         direct = find(rows, "direct", steps)
         sentences.append(difference_sentence(pi, direct, long))
-    return sentences + passkey_sentences(last["PI"], last["direct"], window)
+    return sentences + passkey_sentences(last["PI"], last["direct"], window, mix)
 
 
 def last_rows(rows: list[Row]) -> dict[str, Row]:
@@ -361,16 +345,20 @@ def paired(first: list[dict], second: list[dict]) -> tuple[float, float | None]:
 def in_words(difference: float, stderr: float | None) -> str:
     """A difference of losses with its standard error over documents."""
     if stderr is None:
-        return f"{difference:+.4f}"
+        return f"{difference:+.4f} (one document)"
     return f"{difference:+.4f} ± {stderr:.4f}"
 
 
-def passkey_sentences(pi: Row, direct: Row, window: int) -> list[str]:
-    share = (
-        f"In the fine-tune no row with a passkey has more than {window} tokens, though its "
-        f"positions skip through the extended window. PI finds {share_in_words(pi)} of the keys "
-        f"beyond the original window after {pi.steps} steps, direct fine-tuning "
-        f"{share_in_words(direct)}."
+def passkey_sentences(pi: Row, direct: Row, window: int, mix: str) -> list[str]:
+    share = "The fine-tune is on text alone, without passkeys. "
+    if mix == "retrieval":
+        share = (
+            f"In the fine-tune no row with a passkey has more than {window} tokens, though its "
+            "positions skip through the extended window. "
+        )
+    share += (
+        f"PI finds {share_in_words(pi)} of the keys beyond the original window after {pi.steps} "
+        f"steps, direct fine-tuning {share_in_words(direct)}."
     )
     reach = (
         f"k_max ends before the first distance at which fewer than {passkey.THRESHOLD:.0%} are "
@@ -497,21 +485,37 @@ def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
 
     # Refuse bad input in one line, before torchrun would add a report of its own
-    cli.device_and_dtype(args.device)
+    device, dtype = cli.device_and_dtype(args.device)
     if args.data:
         next(data.read_documents(args.data, "train"))
+    base = demo_plan.base_config(args)
+    demo_plan.settle(args, base, device)
+    extended = extend(base, args.scale, "linear")
+    window = base.original_window
+    long = extended.block_size
+    if long <= window:
+        raise ValueError(f"--scale {args.scale:g} leaves the window at {window}: give a larger one")
+
+    # Say what will be done, before the hours that it may take
+    flags = fine_tuning_flags(args, args.seeds[0], "linear")
+    fine_tune = planned_training(flags, extended, args.processes, device, dtype)
+    pretraining = None
+    if args.scratch:
+        flags = pretraining_flags(args, args.seeds[0])
+        pretraining = planned_training(flags, base, args.processes, device, dtype)
+    print(demo_plan.plan_text(args, fine_tune, pretraining, device), file=sys.stderr)
 
     out = Path(args.out)
     runs = []
     for seed in args.seeds:
-        rows, window, long = run_seed(args, seed)
+        rows = run_seed(args, seed, long)
         runs.append(rows)
 
         # Report: JSON, pictures, a table and sentences. The first seed's files go beside the stages
         folder = out
         if seed != args.seeds[0]:
             folder = out / f"seed-{seed}"
-        sentences = summary(rows, window, long)
+        sentences = summary(rows, window, long, fine_tune.args.mix)
         result = {
             "seed": seed,
             "window": window,

@@ -124,11 +124,22 @@ def check_window(name: str, config: LLaMAConfig, window: int, flag: str) -> None
 
 def open_checkpoint(args: argparse.Namespace, name: str) -> tuple[LLaMA, Tokenizer]:
     """One of the checkpoints of --init, ready to evaluate, and its tokenizer."""
+    return load_model(name, extension(args), args.device, args.dtype)
+
+
+def load_model(
+    name: str | Path, extended: dict, device: str, dtype: str = "auto"
+) -> tuple[LLaMA, Tokenizer]:
+    """A checkpoint, ready to evaluate, and its tokenizer.
+
+    extended: the scale, rope and original_window that checkpoint.load is told; empty for none.
+    device, dtype: as the flags have them.
+    """
     # cuDNN's attention plans anew for each length of the keys, and so for each generated token. On
     # some GPUs its greedy text is wrong for models with few key/value heads (pytorch #193893).
     torch.backends.cuda.enable_cudnn_sdp(False)
-    device, dtype = device_and_dtype(args.device, args.dtype)
-    model = checkpoint.load(name, **extension(args), device=device, dtype=dtype).eval()
+    found, precision = device_and_dtype(device, dtype)
+    model = checkpoint.load(name, **extended, device=found, dtype=precision).eval()
     return model, checkpoint.load_tokenizer(name, model.config)
 
 

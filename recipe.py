@@ -12,6 +12,8 @@ import batches
 from model import LLaMAConfig
 from trainset import Part, text_part
 
+TINY_PARAMS = 20e6  # a model of at most so many parameters is trained on retrieval rows too
+
 
 class Recipe(NamedTuple):
     """Settings that depend on the model; the command line may change each."""
@@ -33,7 +35,7 @@ def default_recipe(config: LLaMAConfig, scratch: bool, row_tokens: int | None = 
         return Recipe(2200, 16, 4e-3, 50, decay="linear", mix="retrieval")
     # On text alone so small a model forgets retrieval within tens of fine-tuning steps. Therefore
     # half of its training tokens are retrieval rows, see `batch_parts`.
-    if config.n_params <= 20e6:
+    if config.n_params <= TINY_PARAMS:
         rows = max(2, 8192 // (row_tokens or config.block_size))  # 8,192 tokens a step
         return Recipe(200, rows, 1e-3, 20, decay="linear", mix="retrieval")
     # Smaller models than the paper's are pre-trained, and so fine-tuned, at a higher rate

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -68,6 +69,27 @@ def test_peak_flops_are_found_by_the_name(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
         assert cost.peak_flops(torch.device("cuda")) == flops
     assert cost.peak_flops(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("activations", cost.ACTIVATIONS)
+def test_the_measured_speed_is_flops_over_seconds(monkeypatch, activations):
+    """By a clock that a look moves on by 0.2 s, so that three steps take the 0.5 s that are asked."""
+    config = LLaMAConfig.preset("tiny", n_layer=7, vocab_size=5000, rope="linear", scale=2.0)
+    block = replace(config, n_layer=1, vocab_size=1024)
+    ticks = iter(range(100))
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: 0.2 * next(ticks))
+    steps = []
+    forward = LLaMA.forward
+
+    def counted(self, ids, targets):
+        steps.append((self.config, tuple(ids.shape), self.checkpoint_activations))
+        return forward(self, ids, targets)
+
+    monkeypatch.setattr(LLaMA, "forward", counted)
+    cpu = torch.device("cpu")
+    rate = cost.measured_flops(config, 2, 64, activations, cpu, torch.float32)
+    assert steps == 4 * [(block, (2, 64), activations)]  # the first one is not timed
+    assert rate == pytest.approx(3 * 2 * 64 * cost.flops_per_token(block, 64) / 0.6)
 
 
 # ---- memory --------------------------------------------------------------------------------------

@@ -16,7 +16,9 @@ import checkpoint
 import cli
 import data
 import demo
+import demo_plan
 import eval_ppl
+import recipe
 from parallel import states
 from passkey import distances, k_max, retrieve, share_found
 from train_flags import SHIPPED_BASE
@@ -60,7 +62,7 @@ def rows(**changed) -> list[demo.Row]:
 
 
 def test_the_sentences_of_a_success():
-    breakdown, perplexity, difference, share, reach = demo.summary(rows(), 256, 512)
+    breakdown, perplexity, difference, share, reach = demo.summary(rows(), 256, 512, "retrieval")
     assert "blows up 2.6-fold, from 16.0 to 42.0" in breakdown
     assert "20.5 there, better than" in breakdown
     assert "After 200 steps PI has 15.6 at 512, at or below the base" in perplexity
@@ -97,8 +99,24 @@ def test_the_sentences_of_a_success():
     ],
 )
 def test_the_sentences_follow_the_numbers(changed, sentence, expected):
-    assert expected in demo.summary(rows(**changed), 256, 512)[sentence]
-    assert expected not in demo.summary(rows(), 256, 512)[sentence]
+    assert expected in demo.summary(rows(**changed), 256, 512, "retrieval")[sentence]
+    assert expected not in demo.summary(rows(), 256, 512, "retrieval")[sentence]
+
+
+def test_passkeys_in_training_are_said_where_there_were_some():
+    trained, untrained = "row with a passkey has more than 256 tokens", "without passkeys"
+    retrieval = demo.summary(rows(), 256, 512, "retrieval")[3]
+    assert trained in retrieval and untrained not in retrieval
+    text = demo.summary(rows(), 256, 512, "text")[3]
+    assert untrained in text and trained not in text
+    assert "PI finds 90% (70% to 97%) of the keys" in text
+
+
+def test_a_difference_over_one_document_says_so():
+    one = {name: row._replace(losses={w: d[:1] for w, d in row.losses.items()})
+        for name, row in zip(("base", "untuned", "pi", "direct"), rows())}
+    sentence = demo.summary(rows(**one), 256, 512, "text")[2]
+    assert f"{math.log(15.6 / 16.4) - 0.001:+.4f} (one document): PI reads better." in sentence
 
 
 def test_the_table_of_one_run_and_of_several():
@@ -161,6 +179,8 @@ def test_a_stage_is_kept_until_its_settings_change(tmp_path):
         (["--init", "nowhere"], ["nowhere"]),
         (["--data", "nowhere"], ["nowhere"]),
         (["--device", "abacus"], ["--device abacus"]),
+        (["--row_tokens", "1"], ["--row_tokens", "at least 2"]),
+        (["--row_tokens", "2000"], ["--row_tokens 2000", "the window has 1024"]),
         (["--base_steps", "5"], ["--base_steps", "--scratch"]),
         (["--init", "nowhere", "--scratch"], ["--init", "--scratch"]),
     ],
@@ -176,10 +196,9 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, flags, words):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("cores", [1, 2])
-def test_a_failed_training_ends_the_demo(tmp_path, monkeypatch, capfd, cores):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_failed_training_ends_the_demo(tmp_path, monkeypatch, capfd, processes):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
     flags = [
         "--data",
         str(ROOT / "rope.py"),
@@ -191,7 +210,7 @@ def test_a_failed_training_ends_the_demo(tmp_path, monkeypatch, capfd, cores):
         "-1",
     ]
     with pytest.raises(SystemExit) as end:
-        cli.run(lambda: demo.run_train(flags, "cpu"))
+        cli.run(lambda: demo.run_train(flags, processes))
     assert end.value.code != 0
     assert "--grad_clip: must be" in capfd.readouterr().err
 
@@ -260,3 +279,56 @@ def test_the_whole_demo_very_small(tmp_path):
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("kept from an earlier run") == 9, again.stderr
     assert again.stdout == first.stdout
+
+
+def test_the_whole_demo_of_a_larger_model(tmp_path, monkeypatch, capfd):
+    """One that the recipe takes for larger; it is the tiny base, because a larger one is slow."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recipe, "TINY_PARAMS", 0)
+    monkeypatch.setattr(demo_plan, "TINY_PARAMS", 0)
+    names = ("model.py", "checkpoint.py", "data.py", "train.py", "eval_ppl.py", "rope.py")
+    command = ["--data", *[str(ROOT / name) for name in names]]
+    command += ["--init", str(SHIPPED_BASE), "--steps", "1,2", "--distances", "2"]
+    command += ["--device", "cpu"]
+    demo.main(command)
+    first = capfd.readouterr()
+
+    # The plan comes before all stages
+    assert first.err.startswith("plan: 0.9 M parameters, window 256 -> 512, on cpu\n")
+    assert "6 evaluations (--documents 1 --distances 2 --tries 1)" in first.err
+    assert "GFLOP/s" in first.err[: first.err.index("== PI")]
+
+    # Rows of text as long as the original window, 4,096 tokens in a step
+    out = tmp_path / "out/demo"
+    for name, rope in (("PI", "linear"), ("direct", "none")):
+        flags = json.loads((out / f"seed-0/{name}/trainer/step-2/args.json").read_text())
+        assert (flags["row_tokens"], flags["batch_size"], flags["mix"]) == (256, 16, "text")
+        assert (flags["rope"], flags["warmup_iters"], flags["scale"]) == (rope, 0, 2)
+    result = json.loads((out / "demo.json").read_text())
+    assert "without passkeys" in first.out
+    assert [(row["name"], row["steps"]) for row in result["rows"]] == [
+        ("base", 0), ("PI", 0), ("PI", 1), ("PI", 2), ("direct", 1), ("direct", 2)
+    ]
+    assert len(result["rows"][0]["losses"]["512"]) == 1
+
+    # The same command keeps all stages. With other rows the fine-tunes are trained and measured
+    # anew; with another stride all is measured anew. (To save time nothing is really measured.)
+    demo.main(command)
+    again = capfd.readouterr()
+    assert again.err.count("kept from an earlier run") == 8
+    assert again.out == first.out
+    measures = {name: result["rows"][0][name] for name in demo.Row._fields[3:]}
+    monkeypatch.setattr(demo, "evaluate", lambda *_: measures)
+    demo.main([*command, "--row_tokens", "128"])
+    other_rows = capfd.readouterr().err
+    assert other_rows.count("kept from an earlier run") == 2
+    assert "each 2 steps of 32 x 128 tokens (positions skip through 512)" in other_rows
+    settle = demo_plan.settle
+
+    def settle_another_stride(args, config, device):
+        settle(args, config, device)
+        args.stride = 64
+
+    monkeypatch.setattr(demo_plan, "settle", settle_another_stride)
+    demo.main([*command, "--row_tokens", "128"])
+    assert capfd.readouterr().err.count("kept from an earlier run") == 2

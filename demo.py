@@ -14,6 +14,7 @@ training saves, and the same command goes on from there.
 """
 
 import argparse
+import gc
 import os
 import statistics
 import subprocess
@@ -175,6 +176,7 @@ def run_train(flags: list[str], processes: int) -> None:
     """
     if processes == 1:
         train.main(flags)
+        gc.collect()  # frees the model and its optimizer, because the next stage needs the memory
         return
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", str(processes), train.__file__]

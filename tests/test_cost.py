@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import cost
 from cli import format_bytes
 from model import LLaMA, LLaMAConfig
-from what_fits import table
+from what_fits import table, table_of_rows
 
 ROOT = Path(__file__).parent.parent
 
@@ -315,6 +315,13 @@ def test_free_memory_is_what_linux_and_the_container_leave(tmp_path):
     assert cost.free_cpu_memory(tmp_path) == 5000 * 1024
 
 
+def test_memory_of_a_gpu_that_this_process_has_freed_is_free(monkeypatch):
+    free = [3]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 8))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: free.append(free.pop() + 4))
+    assert cost.free_memory(torch.device("cuda")) == 7
+
+
 def test_free_memory_of_this_machine():
     free = cost.free_memory(torch.device("cpu"))
     assert 0 < free <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -383,6 +390,8 @@ def test_the_report_of_one_process_that_extends_nothing():
     assert "does not fit" in text.splitlines()[-1]
 
 
-def test_the_table_of_the_reference_is_that_of_the_plan():
-    """If it is not: python tests/what_fits.py prints the new one."""
-    assert table() in (ROOT / "REFERENCE.md").read_text(encoding="utf-8")
+def test_the_tables_of_the_reference_are_those_of_the_plan():
+    """If they are not: python tests/what_fits.py prints the new ones."""
+    reference = (ROOT / "REFERENCE.md").read_text(encoding="utf-8")
+    assert table() in reference
+    assert table_of_rows() in reference

@@ -1,5 +1,6 @@
 """demo.py: sentences that follow the numbers, stages that are kept or redone, a very small demo."""
 
+import gc
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ import demo
 import demo_plan
 import eval_ppl
 import recipe
+import train
 from parallel import states
 from passkey import distances, k_max, retrieve, share_found
 from train_flags import SHIPPED_BASE
@@ -213,6 +216,24 @@ def test_a_failed_training_ends_the_demo(tmp_path, monkeypatch, capfd, processes
         cli.run(lambda: demo.run_train(flags, processes))
     assert end.value.code != 0
     assert "--grad_clip: must be" in capfd.readouterr().err
+
+
+def test_the_memory_of_a_training_is_freed_after_it(monkeypatch):
+    """A model and its optimizer refer to each other, so that they would stay until Python cleans up."""
+    models = []
+
+    def make_circle(flags):
+        model = torch.nn.Linear(1, 1)
+        model.owner = [model]
+        models.append(weakref.ref(model))
+
+    monkeypatch.setattr(train, "main", make_circle)
+    gc.disable()
+    try:
+        demo.run_train([], processes=1)
+    finally:
+        gc.enable()
+    assert models[0]() is None
 
 
 def interrupt(command: list[str], folder: Path, steps: int) -> str:

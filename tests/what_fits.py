@@ -1,8 +1,9 @@
-"""The table "What fits where" of REFERENCE.md: what --plan says of each model, window and machine.
+"""The tables "What fits where" of REFERENCE.md: what --plan says of each model, window and machine.
 
     python tests/what_fits.py
 
-Each cell has the mode of --checkpoint_activations that recomputes the least and fits.
+The first one has rows of the whole window. The second one compares them with rows of 2,048 tokens,
+also on smaller GPUs. Each cell has the mode of --checkpoint_activations that recomputes the least and fits.
 """
 
 import sys
@@ -21,11 +22,23 @@ WINDOWS = (8192, 16384, 32768)
 MEMORIES = (24, 48, 80)  # GB of one GPU
 GPUS = (1, 4, 8)
 
+# Of the second table: model, window and row; GPUs and GB of each
+ROWS = (
+    ("smollm2-135m", 16384, 16384),
+    ("smollm2-135m", 16384, 2048),
+    ("tinyllama-1.1b", 16384, 16384),
+    ("tinyllama-1.1b", 16384, 2048),
+    ("llama-7b", 16384, 16384),
+    ("llama-7b", 16384, 2048),
+)
+SMALLER = ((1, 8), (1, 16), (1, 24), (1, 48), (1, 80), (4, 8), (4, 16), (4, 24), (4, 48))
 
-def lightest_mode(model: str, window: int, memory: int, gpus: int) -> str:
+
+def lightest_mode(model: str, window: int, row: int, memory: int, gpus: int) -> str:
     """The mode that recomputes the least and fits, as train.py chooses it; a dash if none does."""
     scale = window / PRESETS[model]["block_size"]
     flags = ["--plan", "--preset", model, "--scale", f"{scale:g}", "--micro_batch_size", "1"]
+    flags += ["--row_tokens", str(row)]
     flags += ["--world_size", str(gpus), "--device_memory", str(memory), "--dist", "fsdp"]
     args = parse(train.__doc__, flags)
     config = plan.planned_config(args)
@@ -48,8 +61,22 @@ def table() -> str:
         for window in WINDOWS:
             cells = [model, f"{window:,}"]
             for gpus, memory in machines:
-                cells.append(lightest_mode(model, window, memory, gpus))
+                cells.append(lightest_mode(model, window, window, memory, gpus))
             lines.append(_row(cells))
+    return "\n".join(lines)
+
+
+def table_of_rows() -> str:
+    """The second table as Markdown, a row for each length of the rows."""
+    header = ["model", "window", "rows of"]
+    for gpus, memory in SMALLER:
+        header.append(f"{gpus} x {memory} GB")
+    lines = [_row(header), "|---" * len(header) + "|"]
+    for model, window, row in ROWS:
+        cells = [model, f"{window:,}", f"{row:,}"]
+        for gpus, memory in SMALLER:
+            cells.append(lightest_mode(model, window, row, memory, gpus))
+        lines.append(_row(cells))
     return "\n".join(lines)
 
 
@@ -59,3 +86,5 @@ def _row(cells: list[str]) -> str:
 
 if __name__ == "__main__":
     print(table())
+    print()
+    print(table_of_rows())

@@ -8,9 +8,9 @@
 
 Each stage is one of the repo's scripts: train.py makes the base and extends it, eval_ppl.py
 measures perplexity, and passkey.py measures how far a checkpoint finds keys. What will be done, and
-about how long it takes, is said first; demo_plan.py has the defaults. A finished stage is kept as
-long as its settings stay the same; after a change of the code, give another --out. Ctrl-C during
-training saves, and the same command goes on from there.
+how long its arithmetic takes, is said first; demo_plan.py has the defaults. A finished stage is
+kept as long as its settings stay the same; after a change of the code, give another --out. Ctrl-C
+during training saves, and the same command goes on from there.
 """
 
 import argparse

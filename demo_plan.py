@@ -223,7 +223,7 @@ def plan_text(
     args: argparse.Namespace, fine_tune: Training, pretraining: Training | None,
     device: torch.device
 ) -> str:
-    """What will be done, and about how long it takes.
+    """What will be done, and how long the arithmetic of it takes.
 
     fine_tune: that of PI; the others take as much.  pretraining: with --scratch, else None.
     """
@@ -263,7 +263,7 @@ def plan_text(
     )
     time = duration(len(args.seeds) * flops / rate)
     lines.append(
-        f"  about {time} at {rate / 1e9:,.0f} GFLOP/s, which a block of the model has just reached "
+        f"  at least {time} at {rate / 1e9:,.0f} GFLOP/s, which a block of the model has just reached "
         "here; stages that are kept take none"
     )
     return "\n".join(lines)

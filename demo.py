@@ -53,6 +53,7 @@ class Row(NamedTuple):
     losses: dict[str, list[dict]]  # {window: "by_document" of eval_ppl.perplexity}
     points: list[dict]  # keys found by distance, as passkey.retrieve returns them
     positions: list[float]  # mean loss by position in the extended window
+    own_keys: dict[str, float] | None = None  # the base's passkey.Share in its own window
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -118,6 +119,8 @@ def run_seed(args: argparse.Namespace, seed: int, long: int) -> list[Row]:
         file = out / f"{name}-0.json"
         measures = evaluate_stage(file, base, extension, base_settings, args, seed)
         rows.append(Row(name, rope, 0, **measures))
+    own_keys = own_keys_stage(out / "base-keys.json", base, base_settings, args, seed)
+    rows[0] = rows[0]._replace(own_keys=own_keys)
 
     # The fine-tunes by each method, measured after every number of steps in --steps
     for name, rope in methods(args).items():
@@ -218,6 +221,27 @@ def evaluate_stage(
     return stage(file, settings, work)
 
 
+def own_keys_stage(
+    file: Path, base: Path, parent: dict, args: argparse.Namespace, seed: int
+) -> dict | None:
+    """The passkey.Share of keys that the base finds in its own window, kept in a file.
+
+    None if a prompt has no room there.  parent: the settings that made the base.
+    """
+    settings = {"parent": parent, "distances": args.distances, "tries": args.tries}
+
+    def work() -> dict | None:
+        model, tokenizer = load_model(base, {}, args.device)
+        window = model.config.original_window
+        ks = passkey.distances(window, args.distances)
+        desc = "base, passkeys in its own window"
+        points = passkey.retrieve(model, tokenizer, window, ks, args.tries, seed, desc=desc)
+        share = passkey.share_found(points, beyond=0)
+        return share and share._asdict()
+
+    return stage(file, settings, work)
+
+
 def evaluate(
     model: LLaMA, tokenizer: Tokenizer, args: argparse.Namespace, seed: int, title: str
 ) -> dict:
@@ -281,6 +305,8 @@ def summary(rows: list[Row], window: int, long: int, mix: str) -> list[str]:
         pi = find(rows, "PI", steps)
         direct = find(rows, "direct", steps)
         sentences.append(difference_sentence(pi, direct, long))
+    if rows[0].own_keys is not None:
+        sentences.append(own_keys_sentence(rows[0].own_keys))
     return sentences + passkey_sentences(last["PI"], last["direct"], window, mix)
 
 
@@ -351,6 +377,14 @@ def in_words(difference: float, stderr: float | None) -> str:
     return f"{difference:+.4f} ± {stderr:.4f}"
 
 
+def own_keys_sentence(share: dict[str, float]) -> str:
+    """Whether the base has learned to find keys at all."""
+    text = f"In its own window the base finds {share_in_words(share)} of the keys"
+    if share["found"] < 0.5:
+        return text + ": it has not learned it well, so what a fine-tune finds says little."
+    return text + "."
+
+
 def passkey_sentences(pi: Row, direct: Row, window: int, mix: str) -> list[str]:
     share = "The fine-tune is on text alone, without passkeys. "
     if mix == "retrieval":
@@ -359,8 +393,8 @@ def passkey_sentences(pi: Row, direct: Row, window: int, mix: str) -> list[str]:
             "positions skip through the extended window. "
         )
     share += (
-        f"PI finds {share_in_words(pi)} of the keys beyond the original window after {pi.steps} "
-        f"steps, direct fine-tuning {share_in_words(direct)}."
+        f"PI finds {share_in_words(pi.found)} of the keys beyond the original window after "
+        f"{pi.steps} steps, direct fine-tuning {share_in_words(direct.found)}."
     )
     reach = (
         f"k_max ends before the first distance at which fewer than {passkey.THRESHOLD:.0%} are "
@@ -376,10 +410,9 @@ def passkey_sentences(pi: Row, direct: Row, window: int, mix: str) -> list[str]:
     return [share, reach]
 
 
-def share_in_words(row: Row) -> str:
-    """The share of keys found beyond the original window, with its 95% interval."""
-    found = row.found
-    return f"{found['found']:.0%} ({found['low']:.0%} to {found['high']:.0%})"
+def share_in_words(share: dict[str, float]) -> str:
+    """A passkey.Share with its 95% interval."""
+    return f"{share['found']:.0%} ({share['low']:.0%} to {share['high']:.0%})"
 
 
 def k_max_in_words(row: Row, window: int) -> str:

@@ -115,6 +115,15 @@ def test_passkeys_in_training_are_said_where_there_were_some():
     assert "PI finds 90% (70% to 97%) of the keys" in text
 
 
+def test_a_base_that_has_not_learned_retrieval_is_called_so():
+    weak, able = ({"found": found, "low": found, "high": found} for found in (0.1, 0.9))
+    base = rows()[0]
+    said = demo.summary(rows(base=base._replace(own_keys=weak)), 256, 512, "retrieval")
+    assert "its own window the base finds 10% (10% to 10%) of the keys: it has not" in said[3]
+    said = demo.summary(rows(base=base._replace(own_keys=able)), 256, 512, "retrieval")
+    assert said[3] == "In its own window the base finds 90% (90% to 90%) of the keys."
+
+
 def test_a_difference_over_one_document_says_so():
     one = {name: row._replace(losses={w: d[:1] for w, d in row.losses.items()})
         for name, row in zip(("base", "untuned", "pi", "direct"), rows())}
@@ -290,6 +299,7 @@ def test_the_whole_demo_very_small(tmp_path):
     for row in result["rows"]:
         assert set(row["ppl"]) == set(row["losses"]) == {"256", "512"}
         assert row["k_max"] == 0
+    assert result["rows"][0]["own_keys"]["found"] == 0
     assert result["seconds"] > 0
     assert all(sentence in first.stdout for sentence in result["summary"])
     for picture in ("demo.png", "demo_steps.png"):
@@ -298,7 +308,7 @@ def test_the_whole_demo_very_small(tmp_path):
     # The same command again keeps every stage and says the same
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert again.returncode == 0, again.stderr
-    assert again.stderr.count("kept from an earlier run") == 9, again.stderr
+    assert again.stderr.count("kept from an earlier run") == 10, again.stderr
     assert again.stdout == first.stdout
 
 

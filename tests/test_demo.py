@@ -27,7 +27,6 @@ from passkey import distances, k_max, retrieve, share_found
 from train_flags import SHIPPED_BASE
 
 ROOT = Path(__file__).parent.parent
-DEMO = [sys.executable, str(ROOT / "demo.py")]
 DISTANCES = [128, 256, 384, 512]
 
 
@@ -208,21 +207,21 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, flags, words):
     assert not list(tmp_path.iterdir())
 
 
+TRAIN = ["--data", str(ROOT / "rope.py"), "--init", "scratch", "--max_iters", "1", "--out", "run"]
+
+
+def test_several_processes_train(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    demo.run_train(TRAIN, processes=2)
+    assert "on 2 x cpu" in capfd.readouterr().err
+    assert [state.name for state in states(Path("run"))] == ["step-1"]
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_failed_training_ends_the_demo(tmp_path, monkeypatch, capfd, processes):
     monkeypatch.chdir(tmp_path)
-    flags = [
-        "--data",
-        str(ROOT / "rope.py"),
-        "--max_iters",
-        "1",
-        "--out",
-        "run",
-        "--grad_clip",
-        "-1",
-    ]
     with pytest.raises(SystemExit) as end:
-        cli.run(lambda: demo.run_train(flags, processes))
+        cli.run(lambda: demo.run_train(TRAIN + ["--grad_clip", "-1"], processes))
     assert end.value.code != 0
     assert "--grad_clip: must be" in capfd.readouterr().err
 
@@ -248,8 +247,13 @@ def test_the_memory_of_a_training_is_freed_after_it(monkeypatch):
 def interrupt(command: list[str], folder: Path, steps: int) -> str:
     """Start the demo, press Ctrl-C after so many steps of the base. Returns standard error."""
     log = folder / "out/demo/seed-0/base/log.jsonl"
+
+    def hear_ctrl_c() -> None:  # it is ignored where the tests were started in the background
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     process = subprocess.Popen(
-        command, cwd=folder, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command, cwd=folder, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=hear_ctrl_c
     )
     deadline = time.monotonic() + 300
     while not log.exists() or len(log.read_text().splitlines()) < steps:
@@ -262,8 +266,8 @@ def interrupt(command: list[str], folder: Path, steps: int) -> str:
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
-    command = DEMO + ["--data", str(ROOT / "rope.py"), "--scratch", "--base_steps", "5000"]
-    command += ["--device", "cpu"]
+    command = [sys.executable, str(ROOT / "demo.py"), "--data", str(ROOT / "rope.py")]
+    command += ["--scratch", "--base_steps", "5000", "--device", "cpu"]
     base = tmp_path / "out/demo/seed-0/base"
     saved = [0]
     for _ in range(2):
@@ -277,14 +281,17 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     assert log == list(range(1, saved[2] + 1))
 
 
-def test_the_whole_demo_very_small(tmp_path):
+def test_the_whole_demo_very_small(tmp_path, monkeypatch, capsys):
+    """In this process, as on a machine with one core."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
     names = ("model.py", "checkpoint.py", "data.py", "train.py", "eval_ppl.py", "rope.py")
-    command = DEMO + ["--data"] + [str(ROOT / name) for name in names]
-    command += ["--scratch", "--base_steps", "4", "--scale", "2", "--steps", "1,2"]
-    command += ["--distances", "2", "--tries", "1"]
-    command += ["--documents", "1", "--max_tokens", "600", "--device", "cpu"]
-    first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
-    assert first.returncode == 0, first.stderr
+    flags = ["--data"] + [str(ROOT / name) for name in names]
+    flags += ["--scratch", "--base_steps", "4", "--scale", "2", "--steps", "1,2"]
+    flags += ["--distances", "2", "--tries", "1"]
+    flags += ["--documents", "1", "--max_tokens", "600", "--device", "cpu"]
+    demo.main(flags)
+    first = capsys.readouterr()
 
     out = tmp_path / "out/demo"
     result = json.loads((out / "demo.json").read_text())
@@ -301,15 +308,15 @@ def test_the_whole_demo_very_small(tmp_path):
         assert row["k_max"] == 0
     assert result["rows"][0]["own_keys"]["found"] == 0
     assert result["seconds"] > 0
-    assert all(sentence in first.stdout for sentence in result["summary"])
+    assert all(sentence in first.out for sentence in result["summary"])
     for picture in ("demo.png", "demo_steps.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
 
     # The same command again keeps every stage and says the same
-    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
-    assert again.returncode == 0, again.stderr
-    assert again.stderr.count("kept from an earlier run") == 10, again.stderr
-    assert again.stdout == first.stdout
+    demo.main(flags)
+    again = capsys.readouterr()
+    assert again.err.count("kept from an earlier run") == 10, again.err
+    assert again.out == first.out
 
 
 def test_the_whole_demo_of_a_larger_model(tmp_path, monkeypatch, capfd):

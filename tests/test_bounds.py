@@ -405,14 +405,10 @@ def test_errors_are_one_line(call, message):
     assert "\n" not in str(error.value)
 
 
-def script(*args, cwd=ROOT):
-    command = [sys.executable, ROOT / "bounds.py", *args]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-
-
 def test_script_prints_draws_and_writes(tmp_path):
-    shape = ("--head_dim", "128", "--theta", "10000", "--scale", "16")
-    done = script(*shape, "--plot", "b.png", "--json", "b.json", cwd=tmp_path)
+    line = [sys.executable, ROOT / "bounds.py", "--head_dim", "128", "--theta", "10000"]
+    line += ["--scale", "16", "--plot", "b.png", "--json", "b.json"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
     figures = ("1.1159", "3643", "0.6292", "22297", "4861", "2.71%", "658x", "371x")
@@ -436,17 +432,17 @@ def test_script_prints_draws_and_writes(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b.json", "b.png"]
 
 
-def test_script_presets_give_way_to_flags(tmp_path):
+def test_script_presets_give_way_to_flags(tmp_path, command):
     path = tmp_path / "b.json"
     flags = ("--preset", "tiny", "--theta", "5000", "--scale", "256")
-    done = script(*flags, "--json", str(path))
-    assert "head_dim 64, theta 5000; window 256 x scale 256" in done.stdout
-    assert "0 .. 65536" in done.stdout
+    ended = command(bounds.main, *flags, "--json", path)
+    assert "head_dim 64, theta 5000; window 256 x scale 256" in ended.out
+    assert "0 .. 65536" in ended.out
     assert json.loads(path.read_text())["window"] == 256
 
 
-def test_help_lists_presets_and_defaults():
-    text = " ".join(script("--help").stdout.split())
+def test_help_lists_presets_and_defaults(command):
+    text = " ".join(command(bounds.main, "--help").out.split())
     assert "llama (head_dim 128, theta 10000, window 2048)" in text
     assert "llama3 (" in text and "smollm2 (" in text and "tiny (" in text
     assert "default: 16" in text

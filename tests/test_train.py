@@ -58,13 +58,6 @@ def losses(rows: list[dict]) -> list[float]:
     return [row["loss"] for row in rows]
 
 
-def script(*flags: str, cwd: Path) -> subprocess.CompletedProcess:
-    """The script as a user starts it."""
-    command = [sys.executable, str(ROOT / "train.py"), *flags]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
-
-
 @pytest.fixture(scope="module")
 def base(workplace) -> Path:
     run(Path("base"), "--max_iters", "8", "--save_every", "100")
@@ -486,25 +479,33 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_overwritten(base):
     (["--summary_field", "summary"], ["--summary_field", "--init"]),
     (["--plan", "--world_size", "3", "--batch_size", "4"], ["--batch_size 4", "3 processes"]),
 ])  # fmt: skip
-def test_bad_input_is_one_line(base, tmp_path, flags, words):
+def test_bad_input_is_one_line(base, tmp_path, monkeypatch, command, flags, words):
     flags = [flag.replace("BASE", str(base)) for flag in flags]
-    quick = [] if "--data" in flags else ["--data", *TEXT]
-    before = sorted(path for path in base.rglob("*"))
-    done = script(
-        *flags,
-        *quick,
-        "--device" if "--device" not in flags else "--seed",
-        "cpu" if "--device" not in flags else "0",
-        cwd=tmp_path,
-    )
-    assert done.returncode == 2, done.stderr
-    lines = [line for line in done.stderr.splitlines() if "tokenizing" not in line and line.strip()]
-    assert len(lines) == 1 and lines[0].startswith("train.py: error: "), done.stderr
+    if "--data" not in flags:
+        flags += ["--data", *TEXT]
+    if "--device" not in flags:
+        flags += ["--device", "cpu"]
+    before = sorted(base.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    ended = command(train.main, *flags)
+    assert ended.code == 2, ended.error
+    lines = [line for line in ended.error.splitlines() if line.strip()]
+    lines = [line for line in lines if "tokenizing" not in line]
+    assert len(lines) == 1 and lines[0].startswith("train.py: error: "), ended.error
     assert all(word in lines[0] for word in words), lines[0]
-    assert not done.stdout and sorted(path for path in base.rglob("*")) == before
+    assert not ended.out and sorted(base.rglob("*")) == before
     assert {path.name for path in tmp_path.iterdir()} <= {"out"} and not list(
         tmp_path.glob("out/[!c]*")
     )  # but for the cache
+
+
+def test_the_script_itself_says_no_more_than_this_line(base, tmp_path):
+    command = [sys.executable, ROOT / "train.py", "--init", base, "--scale", "0.5"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("train.py: error: ")
+    assert done.stderr.count("\n") == 1, done.stderr
 
 
 def test_resuming_another_model_is_refused(base, monkeypatch):

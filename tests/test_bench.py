@@ -1,11 +1,13 @@
 """bench.py: both sides are the same model in every task, and what is printed was measured."""
 
+import gc
 import json
 import math
 import os
 import statistics
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -15,6 +17,7 @@ import bench
 import cost
 from conftest import assert_refused
 from model import LLaMA
+from processes import FORKS
 
 TINY = ["--vocab_size", "300", "--n_layer", "2", "--n_head", "4", "--n_kv_head", "2"]
 TINY += ["--n_embd", "32", "--intermediate_size", "48", "--device", "cpu"]
@@ -40,6 +43,27 @@ def open_both(tmp_path):
         return Both(ours, theirs, settings)
 
     return open_both
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_processes():
+    """Fork bench.py's new processes from one that has imported everything: they start at once."""
+
+    def get_context(method: str):
+        assert method == "spawn"  # which is as new a process, but imports everything again
+        return FORKS
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "multiprocessing", SimpleNamespace(get_context=get_context))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def quick_collection():
+    """Let the garbage collection before each measurement pass over what is older than the test."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 # ---- a whole run ---------------------------------------------------------------------------------
@@ -214,7 +238,7 @@ def compile_settings(tmp_path, monkeypatch) -> bench.Settings:
         module._compiled_call_impl = torch.compile(module._call_impl)
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_module)
-    flags = ["--windows", "32,48", "--new_tokens", "8", "--compile"]
+    flags = ["--n_layer", "1", "--windows", "32,48", "--new_tokens", "8", "--compile"]
     settings = bench.choose_settings(bench.parse([*TINY, *flags]))
     bench.save_random(settings.config, str(tmp_path))
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):

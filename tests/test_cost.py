@@ -133,8 +133,8 @@ WIDE["vocab_size"] = 16000
     "shape, batch, tokens, activations, bf16",
     [
         pytest.param(DEEP, 1, 2048, "none", False, id="activations"),
-        pytest.param(DEEP, 2, 2048, "full", False, id="full"),
-        pytest.param(DEEP, 2, 2048, "selective", False, id="selective"),
+        pytest.param(DEEP, 2, 1024, "full", False, id="full"),
+        pytest.param(DEEP, 2, 1024, "selective", False, id="selective"),
         pytest.param(WIDE, 1, 512, "none", False, id="weights"),
         pytest.param(WIDE | {"vocab_size": 4000}, 1, 256, "none", True, id="autocast"),
     ],

@@ -5,7 +5,10 @@
 
 While a model is hooked, the output of each layer's attention is replaced by what `attend` computes
 from the same weights in plain steps. `see` is shown the scores and the weights, and an `edit`
-returns other scores for the softmax. For models and texts that a CPU reads in seconds.
+returns other scores for the softmax. For models and texts that a CPU reads in seconds. A longer
+text takes `first`: the queries before it are left to the layer's own attention, which is much
+faster. That changes nothing in the losses where first <= window, because those queries have no far
+keys.
 
 A key is *far* where it lies at least `window` tokens before the query, and *near* otherwise.
 Shapes: B texts, T tokens, R of them as queries, H heads, D = head_dim.
@@ -63,11 +66,12 @@ See = Callable[[Scores, Tensor], None]  # is given the weights too, (B, H, R, T)
 
 def attend(
     attention: Attention, layer: int, x: Tensor, cos: Tensor, sin: Tensor,
-    edit: Edit | None = None, see: See | None = None
+    edit: Edit | None = None, see: See | None = None, first: int = 0
 ) -> Tensor:
-    """What attention(x, cos, sin) returns, (B, T, C), if no edit changes the scores.
+    """What attention(x, cos, sin) returns for the queries from `first` on, (B, T - first, C).
 
-    x (B, T, C), cos and sin (T, D/2). edit, see: called with some queries at a time, in order.
+    Unless an edit changes the scores. x (B, T, C), cos and sin (T, D/2). edit, see: called with
+    some queries at a time, in order.
     """
     B, T, _ = x.shape
     q = attention.q_proj(x).view(B, T, -1, attention.head_dim).transpose(1, 2)  # (B, H, T, D)
@@ -81,7 +85,7 @@ def attend(
     outputs = []
     positions = torch.arange(T)
     queries_at_once = max(1, SCORES_AT_ONCE // (B * q.size(1) * T))
-    for queries in positions.split(queries_at_once):
+    for queries in positions[first:].split(queries_at_once):
         distance = queries[:, None] - positions  # (R, T)
         logits = turned_q[:, :, queries] @ turned_k.transpose(-1, -2)  # (B, H, R, T)
         logits = logits / math.sqrt(attention.head_dim)
@@ -93,25 +97,27 @@ def attend(
         if see is not None:
             see(scores, weights)
         outputs.append(weights @ v)
-    y = torch.cat(outputs, dim=2)  # (B, H, T, D)
-    return attention.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+    y = torch.cat(outputs, dim=2)  # (B, H, T - first, D)
+    return attention.o_proj(y.transpose(1, 2).reshape(B, T - first, -1))
 
 
 @contextmanager
 def hooked(
     model: LLaMA, edit: Edit | None = None, see: See | None = None,
-    layers: Sequence[int] | None = None
+    layers: Sequence[int] | None = None, first: int = 0
 ) -> Iterator[LLaMA]:
     """The model with `attend` in the place of its attention, within a `with` block.
 
-    layers: in these alone; default: in all. Raises ValueError if the model is given a KV cache.
+    layers: in these alone; default: in all. first: for the queries from this one on.
+    Raises ValueError if the model is given a KV cache.
     """
 
     def replace(attention: Attention, args: tuple, output: Tensor) -> Tensor:
         x, cos, sin, cache, layer = args
         if cache is not None:
             raise ValueError("a hooked model has no KV cache: call it with all tokens at once")
-        return attend(attention, layer, x, cos, sin, edit, see)
+        attended = attend(attention, layer, x, cos, sin, edit, see, first)  # (B, T - first, C)
+        return torch.cat([output[:, :first], attended], dim=1)
 
     hooks = []
     try:
@@ -125,9 +131,11 @@ def hooked(
 
 
 @torch.no_grad()
-def show(model: LLaMA, ids: Tensor, see: See) -> None:
-    """Show the scores and weights of all layers, one text at a time. ids: (B, T)."""
-    with hooked(model, see=see):
+def show(
+    model: LLaMA, ids: Tensor, see: See, layers: Sequence[int] | None = None, first: int = 0
+) -> None:
+    """Show the scores and weights, one text at a time. ids (B, T); layers, first: as in `hooked`."""
+    with hooked(model, see=see, layers=layers, first=first):
         for text in ids:
             model.hidden(text[None])
 
@@ -198,16 +206,17 @@ def mean_over(logits: Tensor, chosen: Tensor) -> Tensor:
 
 @torch.no_grad()
 def nll_by_position(
-    model: LLaMA, ids: Tensor, edit: Edit | None = None, layers: Sequence[int] | None = None
+    model: LLaMA, ids: Tensor, edit: Edit | None = None, layers: Sequence[int] | None = None,
+    first: int = 0
 ) -> np.ndarray:
     """The mean loss in nats of ids (B, T), (T - 1,): entry i is that of token i + 1.
 
-    edit, layers: as in `hooked`; without an edit the model is left as it is.
+    edit, layers, first: as in `hooked`; without an edit the model is left as it is.
     """
     if edit is None:
         layers = []
     parts = []
-    with hooked(model, edit, layers=layers):
+    with hooked(model, edit, layers=layers, first=first):
         for part in ids.split(max(1, 4096 // ids.size(1))):
             parts.append(model.nll(part[:, :-1], part[:, 1:]))
     return torch.cat(parts).mean(dim=0).numpy()
@@ -256,10 +265,9 @@ def weights_of_head(model: LLaMA, text: Tensor, layer: int, head: int) -> Tensor
     rows = []
 
     def see(scores: Scores, weights: Tensor) -> None:
-        if scores.layer == layer:
-            rows.append(weights[0, head])
+        rows.append(weights[0, head])
 
-    show(model, text[None], see)
+    show(model, text[None], see, layers=[layer])
     return torch.cat(rows)
 
 
@@ -268,10 +276,9 @@ def weights_of_queries(model: LLaMA, text: Tensor, first: int) -> Tensor:
     rows: list[list[Tensor]] = [[] for _ in model.layers]
 
     def see(scores: Scores, weights: Tensor) -> None:
-        asked = scores.distance[:, 0] >= first
-        rows[scores.layer].append(weights[0][:, asked])
+        rows[scores.layer].append(weights[0])
 
-    show(model, text[None], see)
+    show(model, text[None], see, first=first)
     return torch.stack([torch.cat(parts, dim=1) for parts in rows])
 
 
@@ -291,14 +298,9 @@ def attention_drift(model: LLaMA, ids: Tensor, window: float) -> Drift:
     count = np.zeros(model.config.n_layer)
 
     def see(scores: Scores, weights: Tensor) -> None:
-        late = scores.distance[:, 0] >= start
-        if not late.any():
-            return
-        logits = scores.logits[:, :, late]
-        distance = scores.distance[late]
-        weights = weights[:, :, late]
-        far = distance >= window
-        near = (distance >= 0) & ~far
+        logits = scores.logits
+        far = scores.distance >= window
+        near = (scores.distance >= 0) & ~far
         highest_far = logits.masked_fill(~far, -torch.inf).amax(dim=-1)
         values = (
             (weights * far).sum(dim=-1),
@@ -307,9 +309,9 @@ def attention_drift(model: LLaMA, ids: Tensor, window: float) -> Drift:
             mean_over(logits, far) - mean_over(logits, near),
         )  # (B, H, R) each
         total[:, scores.layer] += [value.mean(dim=(0, 1)).sum().item() for value in values]
-        count[scores.layer] += late.sum().item()
+        count[scores.layer] += len(far)
 
-    show(model, ids, see)
+    show(model, ids, see, first=start)
     return Drift(*(total / count))
 
 
@@ -322,8 +324,8 @@ class Largest(NamedTuple):
     late_top: Tensor  # the same, in the second half of the window
 
 
-def largest_logits(model: LLaMA, ids: Tensor, window: int) -> Largest:
-    """The largest logits in texts ids (B, T)."""
+def largest_logits(model: LLaMA, ids: Tensor, window: int, first: int = 0) -> Largest:
+    """The largest logits in texts ids (B, T), of the queries from `first` on."""
     shape = (model.config.n_layer, model.config.n_head)
     inside = torch.zeros(shape)
     outside = torch.zeros(shape)
@@ -341,7 +343,7 @@ def largest_logits(model: LLaMA, ids: Tensor, window: int) -> Largest:
         raise_to(top, scores.layer, scores.logits, near)
         raise_to(late_top, scores.layer, scores.logits, near & (scores.distance >= window // 2))
 
-    show(model, ids, see)
+    show(model, ids, see, first=first)
     return Largest(inside, outside, top, late_top)
 
 

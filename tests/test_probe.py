@@ -70,6 +70,28 @@ def test_weights_that_are_shown_are_those_of_transformers(monkeypatch):
     torch.testing.assert_close(found, previous)
 
 
+@torch.no_grad()
+def test_queries_before_the_first_are_left_to_the_model(monkeypatch):
+    monkeypatch.setattr(probe, "SCORES_AT_ONCE", 1000)
+    model = make(n_kv_head=2)
+    ids = random_ids(2, T)
+    own = model(ids)
+    with probe.hooked(model, first=30):
+        torch.testing.assert_close(model(ids), own, rtol=0, atol=1e-4)
+    with probe.hooked(model, edit=lambda scores: torch.zeros_like(scores.logits), first=30):
+        edited = model(ids)
+    torch.testing.assert_close(edited[:, :30], own[:, :30], rtol=0, atol=1e-4)
+    assert ((edited - own)[:, 30:].abs().amax(dim=(0, 2)) > 0.01).all()
+
+    shown = {}  # layer: the queries
+
+    def see(scores, weights):
+        shown.setdefault(scores.layer, []).extend(scores.distance[:, 0].tolist())
+
+    probe.show(model, ids[:1], see, layers=[0, 2], first=30)
+    assert shown == {0: list(range(30, T)), 2: list(range(30, T))}
+
+
 def test_a_hooked_model_refuses_a_cache_and_hooks_go_after_an_error():
     model = make()
     own = model(random_ids(1, T))
@@ -204,6 +226,12 @@ def test_losses_under_an_edit():
     edited = probe.nll_by_position(model, ids, edit)
     np.testing.assert_allclose(edited[:WINDOW], plain[:WINDOW], rtol=1e-4)
     assert np.abs(edited - plain).max() > 0.01
+    # Queries before the window have no far keys
+    faster = probe.nll_by_position(model, ids, edit, first=WINDOW)
+    np.testing.assert_allclose(faster, edited, rtol=1e-4)
+    late = probe.nll_by_position(model, ids, edit, first=30)
+    np.testing.assert_allclose(late[:30], plain[:30], rtol=1e-4)
+    assert np.abs(late - edited).max() > 0.01
     one_layer = probe.nll_by_position(model, ids, edit, layers=[2])
     assert np.abs(one_layer - edited).max() > 0.001
 
@@ -250,3 +278,6 @@ def test_drift_and_largest_logits(at_once, monkeypatch):
     )
     for found, values in zip(largest, expected):
         np.testing.assert_allclose(found, values, rtol=1e-3, atol=1e-4)
+    late_queries = probe.largest_logits(model, ids, WINDOW, first=30)
+    beyond = np.where(distance >= WINDOW, np.abs(logits), 0)[:, :, 30:].max((2, 3))
+    np.testing.assert_allclose(late_queries.outside, beyond, rtol=1e-3, atol=1e-4)

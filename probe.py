@@ -44,19 +44,20 @@ class Scores:
     cos: Tensor  # (T, D/2)
     sin: Tensor
 
-    def of_pairs(self, pairs: Tensor, at: int | None = None) -> Tensor:
-        """What some of RoPE's pairs add to the logits, (B, H, R, T).
+    def of_pairs(self, pairs: Tensor, keys: int, at: int | None = None) -> Tensor:
+        """What some of RoPE's pairs add to the logits of the first keys, (B, H, R, keys).
 
-        pairs: (D/2,) bool. at: the distance that all keys are taken to have; default: their own.
+        pairs: (D/2,) bool. at: the distance that the keys are taken to have; default: their own.
         """
         queries = self.distance[:, 0]  # the key of column 0 is at position 0
         q = self.q[:, :, queries] * torch.cat([pairs, pairs])  # (B, H, R, D)
+        k = self.k[:, :, :keys]  # (B, H, keys, D)
         if at is None:
             q = apply_rope(q, self.cos[queries], self.sin[queries])
-            k = apply_rope(self.k, self.cos, self.sin)
+            k = apply_rope(k, self.cos[:keys], self.sin[:keys])
         else:
             q = apply_rope(q, self.cos[at], self.sin[at])
-            k = apply_rope(self.k, self.cos[0], self.sin[0])
+            k = apply_rope(k, self.cos[0], self.sin[0])
         return q @ k.transpose(-1, -2) / math.sqrt(q.size(-1))
 
 
@@ -182,13 +183,28 @@ def keep_highest(scores: Scores, window: int) -> Tensor:
     return scores.logits.masked_fill(lower & (scores.distance >= window), -torch.inf)
 
 
-def hold_far(scores: Scores, window: int, at: int, pairs: Tensor) -> Tensor:
+def hold_far(
+    scores: Scores, window: int, at: int, pairs: Tensor, keys: int | None = None
+) -> Tensor:
     """Far keys score as at the distance `at` in some pairs of RoPE, and as they do in the others.
 
-    pairs: (D/2,) bool.
+    pairs: (D/2,) bool. keys: of the first so many tokens alone; default: of all.
     """
-    held = scores.logits - scores.of_pairs(pairs) + scores.of_pairs(pairs, at)
-    return torch.where(scores.distance >= window, held, scores.logits)
+    far = scores.distance >= window
+    if keys is None:
+        keys = int(far.any(dim=0).sum())  # the far ones come first
+    own = scores.logits[..., :keys]
+    held = own - scores.of_pairs(pairs, keys) + scores.of_pairs(pairs, keys, at)
+    held = torch.where(far[:, :keys], held, own)
+    return torch.cat([held, scores.logits[..., keys:]], dim=-1)
+
+
+def except_first(scores: Scores, edit: Edit) -> Tensor:
+    """What the edit returns, but the text's first token keeps its score.
+
+    Many models park on it the attention that they do not need elsewhere.
+    """
+    return torch.cat([scores.logits[..., :1], edit(scores)[..., 1:]], dim=-1)
 
 
 def highest_near(scores: Scores, window: int) -> Tensor:
@@ -289,12 +305,13 @@ class Drift(NamedTuple):
     entropy: np.ndarray  # of the weights, in nats
     far_highest: np.ndarray  # the share of queries whose highest score is at a far key
     far_minus_near: np.ndarray  # the mean logit of far keys minus that of near ones
+    first_weight: np.ndarray  # the share of the weight on the text's first token
 
 
 def attention_drift(model: LLaMA, ids: Tensor, window: float) -> Drift:
     """The drift in texts ids (B, T), for the queries of their last quarter."""
     start = 3 * ids.size(1) // 4
-    total = np.zeros((4, model.config.n_layer))
+    total = np.zeros((len(Drift._fields), model.config.n_layer))
     count = np.zeros(model.config.n_layer)
 
     def see(scores: Scores, weights: Tensor) -> None:
@@ -307,6 +324,7 @@ def attention_drift(model: LLaMA, ids: Tensor, window: float) -> Drift:
             torch.special.entr(weights).sum(dim=-1),
             (highest_far > logits.masked_fill(far, -torch.inf).amax(dim=-1)).float(),
             mean_over(logits, far) - mean_over(logits, near),
+            weights[..., 0],
         )  # (B, H, R) each
         total[:, scores.layer] += [value.mean(dim=(0, 1)).sum().item() for value in values]
         count[scores.layer] += len(far)

@@ -163,6 +163,8 @@ def test_each_edit_by_hand():
     }
     for edit, logits in expected.items():
         assert edit(scores, window=2)[0, 0].tolist() == logits, edit
+    masked = probe.except_first(scores, partial(probe.mask_far, window=2))
+    assert masked[0, 0].tolist() == [[5, 1, 2, -inf], [1, -inf, 4, 0]]
     capped = probe.cap_at_head(scores, window=2, tops=torch.tensor([[3.0]]))
     assert capped[0, 0].tolist() == [[3, 1, 2, -inf], [1, 3, 4, 0]]
 
@@ -185,17 +187,22 @@ def test_held_keys_score_as_bounds_says_at_that_distance():
 
     held = []
 
-    def edit(scores, pairs):
-        logits = probe.hold_far(scores, WINDOW, 9, pairs)
+    def edit(scores, pairs, keys):
+        logits = probe.hold_far(scores, WINDOW, 9, pairs, keys)
         if scores.layer == 0:
             held.append(logits[0, :, query, key].numpy())
         return logits
 
+    # All far tokens, then the first `key` tokens, which this one is not among, and one more
     for pairs in (EVERYTHING, torch.tensor(slow)):
-        with probe.hooked(model, edit=partial(edit, pairs=pairs)):
-            model(ids)
-    np.testing.assert_allclose(held[0], parts["slow", 9] + parts["fast", 9], atol=1e-4)
-    np.testing.assert_allclose(held[1], parts["slow", 9] + parts["fast", query - key], atol=1e-4)
+        for keys in (None, key, key + 1):
+            with probe.hooked(model, edit=partial(edit, pairs=pairs, keys=keys)):
+                model(ids)
+    own = parts["slow", query - key] + parts["fast", query - key]
+    all_held = parts["slow", 9] + parts["fast", 9]
+    slow_held = parts["slow", 9] + parts["fast", query - key]
+    expected = [all_held, own, all_held, slow_held, own, slow_held]
+    np.testing.assert_allclose(held, expected, atol=1e-4)
 
 
 # ---- the loss ------------------------------------------------------------------------------------
@@ -266,6 +273,8 @@ def test_drift_and_largest_logits(at_once, monkeypatch):
     np.testing.assert_allclose(
         drift.far_minus_near, (means[0] - means[1]).mean((1, 2)), rtol=1e-3, atol=1e-4
     )
+    first_weight = weights[:, :, late, 0].mean((1, 2))
+    np.testing.assert_allclose(drift.first_weight, first_weight, rtol=1e-4)
 
     largest = probe.largest_logits(model, ids, WINDOW)
     near = (distance >= 0) & (distance < WINDOW)

@@ -80,7 +80,7 @@ def attend(
     v = attention.v_proj(x).view(B, T, -1, attention.head_dim).transpose(1, 2)
     k = k.repeat_interleave(attention.group, dim=1)  # (B, H, T, D)
     v = v.repeat_interleave(attention.group, dim=1)
-    turned_q = apply_rope(q, cos, sin)
+    turned_q = apply_rope(q, cos, sin) / math.sqrt(attention.head_dim)
     turned_k = apply_rope(k, cos, sin)
 
     outputs = []
@@ -89,8 +89,7 @@ def attend(
     for queries in positions[first:].split(queries_at_once):
         distance = queries[:, None] - positions  # (R, T)
         logits = turned_q[:, :, queries] @ turned_k.transpose(-1, -2)  # (B, H, R, T)
-        logits = logits / math.sqrt(attention.head_dim)
-        logits = logits.masked_fill(distance < 0, -torch.inf)
+        logits.masked_fill_(distance < 0, -torch.inf)
         scores = Scores(layer, logits, distance, q, k, cos, sin)
         if edit is not None:
             scores.logits = edit(scores)

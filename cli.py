@@ -4,6 +4,7 @@ Nobody has to read this file to follow the method. It imports nothing else of th
 """
 
 import argparse
+import difflib
 import importlib
 import json
 import math
@@ -113,6 +114,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
     def error(self, message: str) -> None:
+        # A flag that is not there: name the one that was probably meant
+        if message.startswith("unrecognized arguments: --"):
+            flag = message.split()[2].split("=")[0]
+            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            if near:
+                message += f"; did you mean {near[0]}?"
         wait_for_process_0()
         sys.exit(report_error(message))
 

@@ -194,7 +194,6 @@ def run_train(flags: list[str], processes: int) -> None:
     except KeyboardInterrupt:
         # torchrun gets Ctrl-C too and passes it on: wait until its processes have saved
         torchrun.wait()
-        print("demo.py: stopped; the same command goes on from here", file=sys.stderr)
         raise
     if code != 0:
         # torchrun's own report is long and comes last, so say where to look
@@ -575,5 +574,13 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{time.perf_counter() - started:,.0f} s", file=sys.stderr)
 
 
+def main_or_stop() -> None:
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("demo.py: stopped; the same command goes on from here", file=sys.stderr)
+        raise
+
+
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main_or_stop)

@@ -266,7 +266,10 @@ def closing_line(
 ) -> str:
     """What to do after the run, and on a GPU the most memory that it used."""
     if not finished:
-        command = f"python train.py --resume --out {out}"
+        launch = "python"
+        if "LOCAL_WORLD_SIZE" in os.environ:
+            launch = f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}"
+        command = f"{launch} train.py --resume --out {out}"
         return f"stopped at step {step}, saved; go on with: {command}"
     line = f"{out}: done, {step} steps"
     if device.type == "cuda":

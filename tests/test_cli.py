@@ -153,6 +153,7 @@ def test_flags_are_read(command, arguments, expected):
         (["--dtype", "int3"], "argument --dtype"),
         (["--step", "3"], "unrecognized arguments: --step"),  # no abbreviations
         (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (["--scal", "2"], "unrecognized arguments: --scal 2; did you mean --scale?"),
     ],
 )
 def test_wrong_flags_are_refused(command, arguments, says):

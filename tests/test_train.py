@@ -418,6 +418,14 @@ def test_a_small_models_batch_stays_half_text_and_half_retrieval(row_tokens, len
     assert batch_parts(args, config)[0].reach == lengths[0]
 
 
+def test_a_stopped_run_says_how_to_go_on_with_as_many_processes(monkeypatch):
+    line = plan.closing_line(None, Path("out/x"), 12, False, torch.device("cpu"))
+    assert line.endswith("go on with: python train.py --resume --out out/x")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    line = plan.closing_line(None, Path("out/x"), 12, False, torch.device("cpu"))
+    assert line.endswith("torchrun --nproc_per_node 2 train.py --resume --out out/x")
+
+
 def test_the_papers_recipe_from_7b_on():
     seven = default_recipe(LLaMAConfig.preset("llama-7b"), scratch=False)
     assert seven == Recipe(1000, 64, 2e-5, 20, decay="constant", mix="text")

@@ -30,7 +30,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -79,11 +79,6 @@ class Settings:
         back in the cache, which transformers is compiled for once more.
         """
         return 2 if self.compile else 1
-
-    def autocast(self) -> AbstractContextManager:
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
 
     def ids(self, length: int) -> Tensor:
         """Random tokens (B, length), the same in each call."""
@@ -195,7 +190,7 @@ def logit_difference(ours: Ours, theirs: Transformers, settings: Settings) -> fl
     Raises ValueError if rounding does not explain it.
     """
     ids = settings.ids(64)
-    with settings.autocast():
+    with cli.autocast(settings.device, settings.dtype):
         a = ours.logits(ids).float()  # (B, T, V)
         b = theirs.logits(ids).float()
     difference = ((a - b).abs().max() / b.std()).item()
@@ -220,7 +215,7 @@ def prepare(
         optimizer = torch.optim.AdamW(side.model.parameters(), lr=1e-5, fused=True)
 
         def step() -> None:
-            with settings.autocast():
+            with cli.autocast(settings.device, settings.dtype):
                 loss = side.loss(ids)
             loss.backward()
             optimizer.step()

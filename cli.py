@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 
@@ -31,12 +31,12 @@ PICTURES = (".png", ".svg", ".pdf")
 # ---- errors: one line, exit code 2 ---------------------------------------------------------------
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], after_interrupt: str = "") -> None:
     """Run a script's main function, and report what the user can mend in one line.
 
     ValueError (bad input) and OSError (a file that can't be read or written) end the program with
-    exit code 2. An interrupt ends it with 130. Any other exception is a bug and keeps its
-    traceback.
+    exit code 2. An interrupt ends it with 130, after a line that says after_interrupt. Any other
+    exception is a bug and keeps its traceback.
     """
     try:
         main()
@@ -50,6 +50,8 @@ def run(main: Callable[[], None]) -> None:
         wait_for_process_0()
         sys.exit(report_error(str(error)))
     except KeyboardInterrupt:
+        if after_interrupt:
+            print(f"{Path(sys.argv[0]).name}: {after_interrupt}", file=sys.stderr)
         sys.exit(130)
 
 
@@ -255,6 +257,13 @@ def device_and_dtype(device: str, dtype: str = "auto") -> tuple[torch.device, to
     if found.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return found, torch.bfloat16
     return found, torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """A context in which float32 weights are computed with in dtype."""
+    if dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(device.type, dtype)
 
 
 # ---- files ---------------------------------------------------------------------------------------

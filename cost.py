@@ -10,7 +10,6 @@ import math
 import os
 import re
 import time
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cli import format_bytes
+from cli import autocast, format_bytes
 from loss import CHUNK_LOGITS
 from model import LLaMA, LLaMAConfig
 
@@ -141,7 +140,7 @@ def measured_flops(
     config: LLaMAConfig, rows: int, length: int, checkpoint_activations: str, device: torch.device,
     dtype: torch.dtype
 ) -> float:
-    """FLOP/s that a device reaches here and now, in training steps of one of the model's blocks.
+    """FLOP/s that a device reaches now, in training steps of one of the model's blocks.
 
     rows, length: of a micro batch.  dtype: what autocast computes in.
     """
@@ -150,12 +149,9 @@ def measured_flops(
     model = LLaMA(small).to(device)
     model.checkpoint_activations = checkpoint_activations
     ids = torch.zeros(rows, length, dtype=torch.int64, device=device)
-    autocast = nullcontext()
-    if dtype != torch.float32:
-        autocast = torch.autocast(device.type, dtype)
 
     def step() -> None:
-        with autocast:
+        with autocast(device, dtype):
             loss = model(ids, ids)
         loss.backward()
         loss.item()  # waits for the device

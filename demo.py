@@ -236,7 +236,9 @@ def own_keys_stage(
         desc = "base, passkeys in its own window"
         points = passkey.retrieve(model, tokenizer, window, ks, args.tries, seed, desc=desc)
         share = passkey.share_found(points, beyond=0)
-        return share and share._asdict()
+        if share is None:
+            return None
+        return share._asdict()
 
     return stage(file, settings, work)
 
@@ -574,13 +576,5 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{time.perf_counter() - started:,.0f} s", file=sys.stderr)
 
 
-def main_or_stop() -> None:
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("demo.py: stopped; the same command goes on from here", file=sys.stderr)
-        raise
-
-
 if __name__ == "__main__":
-    cli.run(main_or_stop)
+    cli.run(main, after_interrupt="stopped; the same command goes on from here")

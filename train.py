@@ -247,9 +247,9 @@ def set_up(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -
     # The model, and the paper's optimizer (§3.1)
     engine, _ = plan.choose_engine(args, config, processes(), machine.free)
     model = build_model(args, config, engine, device, dtype)
-    autocast = nullcontext()
-    if dtype == torch.bfloat16 and engine != "fsdp":  # FSDP casts the weights itself
-        autocast = torch.autocast(device.type, dtype)
+    autocast = cli.autocast(device, dtype)
+    if engine == "fsdp":
+        autocast = nullcontext()  # FSDP casts the weights itself
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95),
         weight_decay=args.weight_decay, fused=True

@@ -40,6 +40,13 @@ def test_an_interrupt_ends_with_130(command):
     assert command(script_that_raises(KeyboardInterrupt())) == (130, "", "")
 
 
+def test_after_an_interrupt_a_script_may_say_how_to_go_on(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["demo.py"])
+    with pytest.raises(SystemExit, match="130"):
+        cli.run(script_that_raises(KeyboardInterrupt()), after_interrupt="stopped")
+    assert capsys.readouterr().err == "demo.py: stopped\n"
+
+
 @pytest.mark.parametrize("error", [ZeroDivisionError(), RuntimeError(), KeyError("x")])
 def test_a_bug_keeps_its_traceback(command, error):
     with pytest.raises(type(error)):

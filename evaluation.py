@@ -138,8 +138,8 @@ def load_model(
     # cuDNN's attention plans anew for each length of the keys, and so for each generated token. On
     # some GPUs its greedy text is wrong for models with few key/value heads (pytorch #193893).
     torch.backends.cuda.enable_cudnn_sdp(False)
-    found, precision = device_and_dtype(device, dtype)
-    model = checkpoint.load(name, **extended, device=found, dtype=precision).eval()
+    torch_device, torch_dtype = device_and_dtype(device, dtype)
+    model = checkpoint.load(name, **extended, device=torch_device, dtype=torch_dtype).eval()
     return model, checkpoint.load_tokenizer(name, model.config)
 
 

@@ -69,10 +69,10 @@ def attend(
     attention: Attention, layer: int, x: Tensor, cos: Tensor, sin: Tensor,
     edit: Edit | None = None, see: See | None = None, first: int = 0
 ) -> Tensor:
-    """What attention(x, cos, sin) returns for the queries from `first` on, (B, T - first, C).
+    """What the attention returns for the queries from `first` on, (B, T - first, C).
 
-    Unless an edit changes the scores. x (B, T, C), cos and sin (T, D/2). edit, see: called with
-    some queries at a time, in order.
+    Without an edit this equals attention(x, cos, sin)[:, first:]. x (B, T, C), cos and sin
+    (T, D/2). edit, see: called with some queries at a time, in order.
     """
     B, T, _ = x.shape
     q = attention.q_proj(x).view(B, T, -1, attention.head_dim).transpose(1, 2)  # (B, H, T, D)

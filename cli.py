@@ -178,6 +178,19 @@ def can_be_written(path: Path) -> bool:
     return existing.is_dir() and os.access(existing, os.W_OK) and not path.is_dir()
 
 
+def data_path(text: str) -> str:
+    """An argparse type: a file or folder that is there, or a data set of the hub (hf:owner/name)."""
+    if text.startswith("hf:") or Path(text).exists():
+        return text
+    message = f"{text}: no such file or folder, and a data set of the hub begins with hf:"
+    folder = Path(text).parent
+    if folder.is_dir():
+        near = difflib.get_close_matches(Path(text).name, os.listdir(folder))
+        if near:
+            message += f"; near it: {', '.join(str(folder / name) for name in near)}"
+    raise argparse.ArgumentTypeError(message)
+
+
 class WholeNumbers(argparse.Action):
     """Whole numbers, written `256,512` or `256 512`: stored as a sorted list, each number once.
 

@@ -65,7 +65,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     count = cli.at_least(1)
     add("--init", help=f"extend {cli.CHECKPOINT_FORMS}; default: the tiny base in assets/base")
     add("--scratch", action="store_true", help="pre-train a tiny base, and extend that")
-    add("--data", nargs="+", help=f"{cli.DATA_FORMS}; default: Python's standard library")
+    add("--data", nargs="+", type=cli.data_path,
+        help=f"{cli.DATA_FORMS}; default: Python's standard library")
     add("--out", default="out/demo", help="the folder for everything")
     add("--scale", type=float,
         help="the extended window over the original one, L'/L; " + by_size("scale"))

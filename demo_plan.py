@@ -20,7 +20,6 @@ import train_flags
 from model import LLaMAConfig
 from recipe import TINY_PARAMS, batch_parts
 from train_flags import SHIPPED_BASE
-from trainlog import duration
 from trainset import Part
 
 # ---- the defaults --------------------------------------------------------------------------------
@@ -261,9 +260,6 @@ def plan_text(
         config, rows, fine_tune.args.row_tokens, fine_tune.args.checkpoint_activations, device,
         fine_tune.machine.dtype
     )
-    time = duration(len(args.seeds) * flops / rate)
-    lines.append(
-        f"  at least {time} at {rate / 1e9:,.0f} GFLOP/s, which a block of the model has just reached "
-        "here; stages that are kept take none"
-    )
+    time = plan.time_at(len(args.seeds) * flops, rate)
+    lines.append(f"  {time}; stages that are kept take none")
     return "\n".join(lines)

@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 import data
-from cli import DATA_FORMS, WholeNumbers, at_least, run, text_table, write_json
+from cli import DATA_FORMS, WholeNumbers, at_least, data_path, run, text_table, write_json
 from evaluation import (
     BATCH_TOKENS, batch_tokens, batches_of_equal_length, check_window, choose_outputs,
     evaluation_parser, model_facts, one_or_all, open_checkpoint, read_configs
@@ -264,7 +264,8 @@ def choose_documents(
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = evaluation_parser(__doc__)
     add = parser.add_argument
-    add("--data", nargs="+", help=f"{DATA_FORMS}; default: Python's standard library")
+    add("--data", nargs="+", type=data_path,
+        help=f"{DATA_FORMS}; default: Python's standard library")
     add("--split", choices=("train", "val", "all"),
         help="which documents; val: those that train.py holds out; "
         "default: all of --data, val of Python's library")

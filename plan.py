@@ -21,8 +21,10 @@ from hf_config import extend
 from model import LLaMAConfig
 from parallel import choose_dist, least_over_processes, processes, states
 from recipe import batch_parts
+from trainlog import duration
 
 MICRO_BATCH_TOKENS = 16384  # tokens at a time on one process, where memory allows
+MEASURED_TOKENS = 1024  # at most so many tokens are enough to measure a CPU's speed
 
 
 class Machine(NamedTuple):
@@ -210,7 +212,33 @@ def plan(
     )
     # The dtype of the kept weights may be that of --init, whose weights are not opened here
     disk = disk_needed(args, config, Path(args.out or "out"), torch.float32)
-    return text + f"\ndisk: at most about {format_bytes(disk)}"
+    text += f"\ndisk: at most about {format_bytes(disk)}"
+    if machine.device_type == "cpu":
+        text += f"\ntime: {time_on_cpu(args, config, world, machine.dtype)}"
+    return text
+
+
+def time_on_cpu(
+    args: argparse.Namespace, config: LLaMAConfig, world: int, dtype: torch.dtype
+) -> str:
+    """How long the steps take on this machine's CPU, by the speed of one of the model's blocks."""
+    tokens = min(longest_row(args, config), MEASURED_TOKENS)
+    rate = cost.measured_flops(
+        config, 1, tokens, args.checkpoint_activations, torch.device("cpu"), dtype
+    )
+    # This process has measured with its own threads; the others may have as many cores each
+    cores = os.cpu_count() or 1
+    rate *= max(1, min(world, cores // torch.get_num_threads()))
+    flops = args.max_iters * cost.step_flops(config, batch_parts(args, config))
+    return time_at(flops, rate)
+
+
+def time_at(flops: float, rate: float) -> str:
+    """The time that so many FLOPs take at a rate that a block of the model has reached."""
+    return (
+        f"at least {duration(flops / rate)} at {rate / 1e9:,.0f} GFLOP/s, which a block of the "
+        "model has just reached here"
+    )
 
 
 def announce(
@@ -225,6 +253,10 @@ def announce(
     lines.append(memory_line(args, config, machine))
     disk = disk_needed(args, config, out, save_dtype)
     lines.append(f"disk: about {format_bytes(disk)} of {format_bytes(free_disk(out))} free")
+    # Shorter steps tell soon enough how long the run takes
+    if machine.device_type == "cpu" and cost.step_flops(config, batch_parts(args, config)) > 1e12:
+        time = time_on_cpu(args, config, processes(), machine.dtype)
+        lines.append(f"time: {time}; fewer --max_iters, a smaller --batch_size take less")
     if save_dtype != torch.float32:
         name = str(save_dtype).removeprefix("torch.")
         lines.append(f"--save_dtype {args.save_dtype}: weights are written in {name}")

@@ -240,7 +240,7 @@ def intervals(scores: np.ndarray, seed: int, resamples: int = 1000) -> np.ndarra
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = evaluation.evaluation_parser(__doc__, plot=False)
     add = parser.add_argument
-    add("--data", nargs="+", required=True,
+    add("--data", nargs="+", required=True, type=cli.data_path,
         help=".jsonl or .parquet files, folders of them, or hub data sets hf:...")
     add("--document_field", default="document", help="the field of --data with the documents")
     add("--summary_field", default="summary", help="the field of --data with the summaries")

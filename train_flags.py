@@ -7,7 +7,8 @@ from pathlib import Path
 import cost
 import plan
 from cli import (
-    CHECKPOINT_FORMS, DATA_FORMS, Parser, WholeNumbers, add_model_flags, at_least, read_json
+    CHECKPOINT_FORMS, DATA_FORMS, Parser, WholeNumbers, add_model_flags, at_least, data_path,
+    read_json
 )
 from model import PRESETS, LLaMAConfig
 from parallel import newest_state, states, step_of
@@ -62,7 +63,8 @@ def add_training_flags(parser: Parser) -> None:
     add_model_flags(parser)
 
     add = parser.add_argument_group("data").add_argument
-    add("--data", nargs="+", help=f"{DATA_FORMS}; default: Python's standard library")
+    add("--data", nargs="+", type=data_path,
+        help=f"{DATA_FORMS}; default: Python's standard library")
     add("--mix", choices=("text", "retrieval"),
         help="text alone, as in the paper, or text and passkeys" + BY_SIZE)
     add("--min_tokens", type=at_least(1),
@@ -233,6 +235,11 @@ def check_flags(args: argparse.Namespace, config: LLaMAConfig) -> None:
         raise ValueError("--summary_field fine-tunes a model that reads already: give --init")
     if args.summary_field and args.min_tokens:
         raise ValueError("--min_tokens chooses texts: with --summary_field leave it out")
+    if args.scale is not None and args.scale <= 1:
+        raise ValueError(
+            f"--scale {args.scale:g} extends nothing: give more than 1, or leave --scale and --rope "
+            "out to train within the window"
+        )
     check_row_tokens(args, config)
     if config.rope == "dynamic":
         raise ValueError(

@@ -3,9 +3,11 @@
 import argparse
 import json
 import math
+import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +20,7 @@ from tqdm import tqdm
 
 from cli import replacing
 from model import LLaMAConfig
-from parallel import mean_over_processes, processes, rank, states
+from parallel import mean_over_processes, processes, rank, states, step_of
 
 # Steps between two looks at the losses, because a look makes the CPU wait for the GPU
 FLUSH_EVERY = 10
@@ -168,10 +170,11 @@ def run_folder(args: argparse.Namespace, config: LLaMAConfig) -> Path:
     elif name is None:
         name = f"out/{config.rope}-{config.scale:g}"
     out = Path(name)
-    if states(out) and not args.resume and not args.overwrite:
+    found = states(out)
+    if found and not args.resume and not args.overwrite:
         raise ValueError(
-            f"--out {out} holds a run: --resume to go on with it, --overwrite to start anew, "
-            "or another --out"
+            f"--out {out} holds a run at step {step_of(found[-1]):,}: --resume to go on with it, "
+            "--overwrite to start anew, or another --out"
         )
     if out.is_file():
         raise ValueError(f"--out {out} is a file: give a folder")
@@ -200,8 +203,17 @@ class StopSignal:
         self.number = 0  # the signal that came first, 0 while there is none
         self.time = 0.0
         self.handlers = {}
+        self.pipe = -1  # where Python writes the number of a signal
 
     def __enter__(self) -> "StopSignal":
+        # Python calls _catch between two of its own instructions, and a backward pass is a single
+        # one, which may take a minute. But it writes the signal's number to a pipe at once, so a
+        # thread that reads from the pipe can answer the user.
+        reader, self.pipe = os.pipe()
+        os.set_blocking(self.pipe, False)  # as set_wakeup_fd wants it
+        signal.set_wakeup_fd(self.pipe)
+        self.thread = threading.Thread(target=self._answer, args=(reader,), daemon=True)
+        self.thread.start()
         for number in (signal.SIGINT, signal.SIGTERM):
             self.handlers[number] = signal.signal(number, self._catch)
         return self
@@ -209,6 +221,19 @@ class StopSignal:
     def __exit__(self, *exception: object) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(-1)
+        os.close(self.pipe)  # which ends the thread
+        self.thread.join()
+
+    def _answer(self, reader: int) -> None:
+        """Say that a signal has come, when it comes. reader: the pipe's end to read from."""
+        first = os.read(reader, 1)  # empty if the pipe is closed before any signal
+        if first and rank() == 0:
+            print("\nstopping after this micro batch, then saving ...", file=sys.stderr)
+        # A signal that finds no reader would make Python warn
+        while os.read(reader, 64):
+            pass
+        os.close(reader)
 
     def _catch(self, number: int, frame: object) -> None:
         if self.number and time.monotonic() > self.time + 3:
@@ -216,8 +241,6 @@ class StopSignal:
         if not self.number:
             self.number = number
             self.time = time.monotonic()
-            if rank() == 0:
-                print("\nstopping after this micro batch, then saving ...", file=sys.stderr)
 
     def on_any_process(self) -> bool:
         """Whether a signal has reached any process; all processes get the same answer."""

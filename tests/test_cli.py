@@ -181,6 +181,20 @@ def test_a_file_name_is_one_that_can_be_written(command, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.json", "old.json"]
 
 
+def test_data_is_there_or_on_the_hub(tmp_path):
+    book = tmp_path / "katrine.txt"
+    book.write_text("Text.")
+    for given in (str(book), str(tmp_path), "hf:owner/name,split=test"):
+        assert cli.data_path(given) == given
+    with pytest.raises(argparse.ArgumentTypeError) as refused:
+        cli.data_path(str(tmp_path / "catrine.txt"))
+    says = f"{tmp_path}/catrine.txt: no such file or folder, and a data set of the hub begins with "
+    assert str(refused.value) == f"{says}hf:; near it: {book}"
+    for given in (str(tmp_path / "else"), "owner/name", str(book / "under")):
+        with pytest.raises(argparse.ArgumentTypeError, match="begins with hf:$"):
+            cli.data_path(given)
+
+
 def test_whole_numbers_outside_the_command_line():
     assert cli.parse_whole_numbers("10,2,,10, 3", "--save_at", 0) == [2, 3, 10]
     with pytest.raises(ValueError, match="--save_at takes whole numbers"):

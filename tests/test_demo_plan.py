@@ -80,10 +80,10 @@ def test_the_commands_of_the_tiny_base():
         "--max_iters", "200", "--save_at", "25,50,100,200", "--rope", "linear",
     ]
     args = settled(
-        LLaMAConfig.preset("tiny"), CPU, "--scratch", "--base_steps", "7", "--data", "a", "b",
+        LLaMAConfig.preset("tiny"), CPU, "--scratch", "--base_steps", "7", "--data", "hf:a", "hf:b",
         "--row_tokens", "128",
     )
-    common = ["--seed", "3", "--device", "auto", "--data", "a", "b"]
+    common = ["--seed", "3", "--device", "auto", "--data", "hf:a", "hf:b"]
     assert demo_plan.pretraining_flags(args, 3) == common + [
         "--init", "scratch", "--max_iters", "7"
     ]

@@ -421,7 +421,6 @@ def test_bad_values_of_flags(folder, tmp_path, capsys, flag, value, message):
         ),
         (("--init", "x"), "x is neither a folder"),
         (("--init", "x", "y"), "--out is for one checkpoint"),
-        (("--data", "nowhere.jsonl"), "nowhere.jsonl"),
     ],
 )
 def test_flags_that_do_not_go_together(folder, tmp_path, flags, message):

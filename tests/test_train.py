@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import batches
 import checkpoint
 import cost
+import hf_config
 import plan
 import train
 from conftest import log
@@ -26,7 +27,7 @@ from parallel import states
 from tokenizer import load_tokenizer
 from model import PRESETS, LLaMA, LLaMAConfig
 from recipe import Recipe, batch_parts, default_recipe, lr_at
-from train_flags import settle_flags
+from train_flags import parse, settle_flags
 from trainset import TextData
 
 pytestmark = pytest.mark.usefixtures("workplace")
@@ -218,9 +219,13 @@ def test_micro_batches_are_cut_until_they_fit(base):
 
 def test_a_real_model_has_a_small_recipe_on_a_cpu_and_the_papers_on_a_gpu(capsys, monkeypatch):
     monkeypatch.setattr(cost, "free_memory", lambda device: 24.3e9)
+    monkeypatch.setattr(cost, "measured_flops", lambda *shape: 60e9)
     shape = ["--plan", "--preset", "smollm2-135m", "--scale", "2"]
     train.main([*shape, "--device", "cpu"])
     text = capsys.readouterr().out
+    config = hf_config.extend(LLaMAConfig.preset("smollm2-135m"), 2)
+    hours = 100 * 16384 * cost.flops_per_token(config, 16384) / 60e9 / 3600
+    assert f"time: at least {hours:.1f} h at 60 GFLOP/s" in text
     assert "100 steps of 1 x 16,384" in text and "24.3 GB  fits" in text
     assert "on a CPU the default is 100 steps of 1 rows, where GPUs take 1,000 of 64" in text
     train.main([*shape, "--device", "cpu", "--world_size", "3"])
@@ -228,8 +233,37 @@ def test_a_real_model_has_a_small_recipe_on_a_cpu_and_the_papers_on_a_gpu(capsys
     train.main([*shape, "--device_memory", "80"])
     text = capsys.readouterr().out
     assert "1,000 steps of 64 x 16,384" in text and "on a CPU" not in text
+    assert "GFLOP/s" not in text  # of this machine
     train.main(["--plan", "--device", "cpu"])  # the tiny model's recipe is the same everywhere
     assert "2,200 steps of 16 x 256" in capsys.readouterr().out
+
+
+def test_only_a_run_of_long_steps_is_measured_beforehand(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cost, "measured_flops", lambda *shape: 60e9)
+    args = parse("", ["--init", str(base), "--scale", "2", "--device", "cpu"])
+    config = checkpoint.read_config(base, scale=2)
+    cpu = torch.device("cpu")
+    machine = plan.machine_here(cpu, torch.float32)
+    settle_flags(args, config, 1, machine)
+    plan.announce(args, config, tmp_path, cpu, machine, torch.float32, [])
+    assert "GFLOP/s" not in capsys.readouterr().err
+
+    larger = hf_config.extend(LLaMAConfig.preset("smollm2-135m"), 2)
+    args.row_tokens = 1024
+    plan.announce(args, larger, tmp_path, cpu, machine, torch.float32, [])
+    said = capsys.readouterr().err
+    assert "time: at least " in said and "fewer --max_iters" in said
+
+
+def test_processes_on_a_cpu_share_its_cores(monkeypatch):
+    monkeypatch.setattr(cost, "measured_flops", lambda *shape: 1e9)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    args = parse("", ["--plan", "--device", "cpu"])
+    config = LLaMAConfig.preset("tiny")
+    settle_flags(args, config, 16, plan.Machine("cpu", torch.float32, 1e12))
+    said = [plan.time_on_cpu(args, config, world, torch.float32) for world in (1, 3, 16)]
+    assert [line.split(" at ")[1].split()[0] for line in said] == ["1", "3", "4"]
 
 
 def test_a_run_stopped_before_its_first_step_resumes_bit_for_bit(base, monkeypatch):
@@ -480,7 +514,9 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_overwritten(base):
     (["--init", "BASE", "--scale", "0.5"], ["scale", "0.5"]),
     (["--init", "BASE", "--scale", "2", "--rope", "spiral"], ["spiral", "yarn"]),
     (["--init", "BASE", "--scale", "2", "--rope", "dynamic"], ["--rope dynamic", "another"]),
-    (["--init", "BASE", "--out", "BASE"], ["--resume", "--overwrite"]),
+    (["--init", "BASE", "--scale", "1"], ["--scale 1 extends nothing"]),
+    (["--init", "BASE", "--data", "BASE/confg.json"], ["--data", "no such file", "BASE/config.json"]),
+    (["--init", "BASE", "--out", "BASE"], ["holds a run at step", "--resume", "--overwrite"]),
     (["--init", "BASE", "--scale", "1000", "--data", TEXT[0]], ["rope.py (for training)", "tokens", "don't fill"]),
     (["--out", "BASE/config.json/under"], ["config.json"]),
     (["--init", "BASE", "--summary_field", "summary", "--data", TEXT[0]], [".jsonl"]),
@@ -489,6 +525,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_overwritten(base):
 ])  # fmt: skip
 def test_bad_input_is_one_line(base, tmp_path, monkeypatch, command, flags, words):
     flags = [flag.replace("BASE", str(base)) for flag in flags]
+    words = [word.replace("BASE", str(base)) for word in words]
     if "--data" not in flags:
         flags += ["--data", *TEXT]
     if "--device" not in flags:

@@ -125,6 +125,22 @@ def test_a_signal_is_remembered_and_the_old_handler_comes_back(number):
     assert signal.getsignal(number) is before
 
 
+def test_a_signal_is_answered_before_python_comes_to_handle_it(capsys):
+    """As in a backward pass, which is a single instruction of Python's."""
+    with StopSignal() as stop:
+        signal.signal(signal.SIGTERM, lambda number, frame: None)  # in the place of _catch
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        said = ""
+        deadline = time.monotonic() + 10
+        while not said and time.monotonic() < deadline:
+            said = capsys.readouterr().err
+            time.sleep(0.01)
+        assert said == "\nstopping after this micro batch, then saving ...\n"
+        assert stop.number == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_a_later_signal_interrupts(monkeypatch):
     with StopSignal() as stop:
         os.kill(os.getpid(), signal.SIGINT)

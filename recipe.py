@@ -86,15 +86,13 @@ def batch_parts(args: argparse.Namespace, config: LLaMAConfig, step: int = 0) ->
     if args.mix == "text" or args.summary_field:
         return [text_part(args, config, args.batch_size)]
 
-    # Pre-training: 40% of the rows have passkeys, 30% have repeated segments, and the rest is text,
-    # because on text alone a model this small learns no retrieval in minutes. The last fifth of the
-    # steps has a third of the retrieval: by then the model has the skill, and text is its weaker
-    # task.
+    # Pre-training. On text alone a model this small learns no retrieval in minutes. So most rows of
+    # the first steps have passkeys, nearly all of them many (dense), because a row that asks for
+    # many keys teaches most. Then the model has the skill, and three rows of four are text.
     if window == original_window:
-        share = 1.0
-        if step >= 0.8 * args.max_iters:
-            share = 1 / 3
-        retrieval = batches.Mix(passkey=0.4 * share, repeat=0.3 * share)
+        retrieval = batches.Mix(passkey=0.15, repeat=0.1)
+        if step < 0.4 * args.max_iters:
+            retrieval = batches.Mix(passkey=0.6, repeat=0.3, dense=0.9)
         return [Part(window, args.batch_size, retrieval)]
 
     # Extending: half of the tokens are text for the extended window, half are retrieval rows of the

@@ -290,11 +290,11 @@ def evaluate(
 # ---- the results as text -------------------------------------------------------------------------
 
 
-def summary(rows: list[Row], window: int, long: int, mix: str) -> list[str]:
+def summary(rows: list[Row], window: int, long: int, trained_on: str) -> list[str]:
     """Sentences on what the rows show, whatever they show.
 
     rows: the base first, then PI without fine-tuning, then the fine-tunes.
-    mix: what the fine-tunes were trained on, as --mix of train.py.
+    trained_on: a sentence on the passkeys of the fine-tunes, from `passkeys_in_training`.
     """
     last = last_rows(rows)
     sentences = [
@@ -309,7 +309,7 @@ def summary(rows: list[Row], window: int, long: int, mix: str) -> list[str]:
         sentences.append(difference_sentence(pi, direct, long))
     if rows[0].own_keys is not None:
         sentences.append(own_keys_sentence(rows[0].own_keys))
-    return sentences + passkey_sentences(last["PI"], last["direct"], window, mix)
+    return sentences + passkey_sentences(last["PI"], last["direct"], window, trained_on)
 
 
 def last_rows(rows: list[Row]) -> dict[str, Row]:
@@ -387,16 +387,23 @@ def own_keys_sentence(share: dict[str, float]) -> str:
     return text + "."
 
 
-def passkey_sentences(pi: Row, direct: Row, window: int, mix: str) -> list[str]:
-    share = "The fine-tune is on text alone, without passkeys. "
-    if mix == "retrieval":
-        share = (
-            f"In the fine-tune no row with a passkey has more than {window} tokens, though its "
-            "positions skip through the extended window. "
-        )
-    share += (
-        f"PI finds {share_in_words(pi.found)} of the keys beyond the original window after "
-        f"{pi.steps} steps, direct fine-tuning {share_in_words(direct.found)}."
+def passkeys_in_training(training: argparse.Namespace, window: int) -> str:
+    """How far passkeys are from their questions in a fine-tune.
+
+    training: the flags of train.py.  window: the original one, which rows with passkeys fill.
+    """
+    if training.mix == "text":
+        return "The fine-tune is on text alone, without passkeys."
+    rows = f"In the fine-tune no passkey lies more than {window} tokens before its question"
+    if training.no_skip:
+        return rows + "."
+    return rows + ", though positions skip through the extended window."
+
+
+def passkey_sentences(pi: Row, direct: Row, window: int, trained_on: str) -> list[str]:
+    share = (
+        f"{trained_on} PI finds {share_in_words(pi.found)} of the keys beyond the original window "
+        f"after {pi.steps} steps, direct fine-tuning {share_in_words(direct.found)}."
     )
     reach = (
         f"k_max ends before the first distance at which fewer than {passkey.THRESHOLD:.0%} are "
@@ -552,7 +559,8 @@ def main(argv: list[str] | None = None) -> None:
         folder = out
         if seed != args.seeds[0]:
             folder = out / f"seed-{seed}"
-        sentences = summary(rows, window, long, fine_tune.args.mix)
+        trained_on = passkeys_in_training(fine_tune.args, window)
+        sentences = summary(rows, window, long, trained_on)
         result = {
             "seed": seed,
             "window": window,

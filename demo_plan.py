@@ -145,6 +145,10 @@ def fine_tuning_flags(args: argparse.Namespace, seed: int, rope: str) -> list[st
     flags += ["--save_at", ",".join(str(steps) for steps in args.steps)]
     if args.row_tokens is not None:
         flags += ["--row_tokens", str(args.row_tokens)]
+    else:
+        # The rows with passkeys are shorter than those of text. As in the paper, no position is
+        # skipped: no key in training is farther than the original window.
+        flags.append("--no_skip")
     if args.warmup_iters is not None:
         flags += ["--warmup_iters", str(args.warmup_iters)]
     return flags + ["--rope", rope]

@@ -10,6 +10,7 @@ import sys
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def rows(**changed) -> list[demo.Row]:
 
 
 def test_the_sentences_of_a_success():
-    breakdown, perplexity, difference, share, reach = demo.summary(rows(), 256, 512, "retrieval")
+    breakdown, perplexity, difference, share, reach = demo.summary(rows(), 256, 512, "No far keys.")
     assert "blows up 2.6-fold, from 16.0 to 42.0" in breakdown
     assert "20.5 there, better than" in breakdown
     assert "After 200 steps PI has 15.6 at 512, at or below the base" in perplexity
@@ -101,25 +102,29 @@ def test_the_sentences_of_a_success():
     ],
 )
 def test_the_sentences_follow_the_numbers(changed, sentence, expected):
-    assert expected in demo.summary(rows(**changed), 256, 512, "retrieval")[sentence]
-    assert expected not in demo.summary(rows(), 256, 512, "retrieval")[sentence]
+    assert expected in demo.summary(rows(**changed), 256, 512, "No far keys.")[sentence]
+    assert expected not in demo.summary(rows(), 256, 512, "No far keys.")[sentence]
 
 
-def test_passkeys_in_training_are_said_where_there_were_some():
-    trained, untrained = "row with a passkey has more than 256 tokens", "without passkeys"
-    retrieval = demo.summary(rows(), 256, 512, "retrieval")[3]
-    assert trained in retrieval and untrained not in retrieval
-    text = demo.summary(rows(), 256, 512, "text")[3]
-    assert untrained in text and trained not in text
-    assert "PI finds 90% (70% to 97%) of the keys" in text
+def test_the_passkeys_of_the_fine_tune_are_said():
+    share = demo.summary(rows(), 256, 512, "No far keys.")[3]
+    assert share.startswith("No far keys. PI finds 90% (70% to 97%) of the keys")
+    expected = [
+        ("text", False, "on text alone, without passkeys."),
+        ("retrieval", True, "no passkey lies more than 256 tokens before its question."),
+        ("retrieval", False, "its question, though positions skip through the extended window."),
+    ]
+    for mix, no_skip, words in expected:
+        training = SimpleNamespace(mix=mix, no_skip=no_skip)
+        assert demo.passkeys_in_training(training, 256).endswith(words)
 
 
 def test_a_base_that_has_not_learned_retrieval_is_called_so():
     weak, able = ({"found": found, "low": found, "high": found} for found in (0.1, 0.9))
     base = rows()[0]
-    said = demo.summary(rows(base=base._replace(own_keys=weak)), 256, 512, "retrieval")
+    said = demo.summary(rows(base=base._replace(own_keys=weak)), 256, 512, "No far keys.")
     assert "its own window the base finds 10% (10% to 10%) of the keys: it has not" in said[3]
-    said = demo.summary(rows(base=base._replace(own_keys=able)), 256, 512, "retrieval")
+    said = demo.summary(rows(base=base._replace(own_keys=able)), 256, 512, "No far keys.")
     assert said[3] == "In its own window the base finds 90% (90% to 90%) of the keys."
 
 

@@ -77,7 +77,7 @@ def test_the_commands_of_the_tiny_base():
     args = settled(LLaMAConfig.preset("tiny"), CPU)
     assert demo_plan.fine_tuning_flags(args, 0, "linear") == [
         "--seed", "0", "--device", "auto", "--init", str(SHIPPED_BASE), "--scale", "4",
-        "--max_iters", "200", "--save_at", "25,50,100,200", "--rope", "linear",
+        "--max_iters", "200", "--save_at", "25,50,100,200", "--no_skip", "--rope", "linear",
     ]
     args = settled(
         LLaMAConfig.preset("tiny"), CPU, "--scratch", "--base_steps", "7", "--data", "hf:a", "hf:b",
@@ -147,7 +147,7 @@ def test_the_plan_of_a_tiny_model_from_scratch(monkeypatch):
     assert "the base: 2,200 steps of 16 x 256 tokens, " in text
     assert (
         "PI and direct and NTK and YaRN, each 200 steps of 4 x 1,024 tokens "
-        "and 16 x 256 tokens (positions skip through 1,024), "
+        "and 16 x 256 tokens, "
     ) in text
     assert "18 evaluations (" in text
     assert "memory" not in text  # train.py says it, for each process

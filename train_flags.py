@@ -235,7 +235,8 @@ def check_flags(args: argparse.Namespace, config: LLaMAConfig) -> None:
         raise ValueError("--summary_field fine-tunes a model that reads already: give --init")
     if args.summary_field and args.min_tokens:
         raise ValueError("--min_tokens chooses texts: with --summary_field leave it out")
-    if args.scale is not None and args.scale <= 1:
+    # --plan may be about a run within the window
+    if args.scale is not None and args.scale <= 1 and not args.plan:
         raise ValueError(
             f"--scale {args.scale:g} extends nothing: give more than 1, or leave --scale and --rope "
             "out to train within the window"

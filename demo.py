@@ -143,6 +143,7 @@ def stage(file: Path, settings: dict, work: Callable[[], dict]) -> dict:
         if earlier.get("settings") == settings:
             print(f"{file}: kept from an earlier run", file=sys.stderr)
             return earlier["result"]
+        print(f"{file}: its settings have changed, so it is made anew", file=sys.stderr)
     started = time.perf_counter()
     result = work()
     seconds = time.perf_counter() - started
@@ -186,7 +187,7 @@ def run_train(flags: list[str], processes: int) -> None:
     command += ["--nproc_per_node", str(processes), train.__file__]
     # By default torchrun kills processes that have not saved 30 seconds after Ctrl-C
     environment = os.environ | {
-        "OMP_NUM_THREADS": str((os.cpu_count() or 1) // processes),
+        "OMP_NUM_THREADS": str(demo_plan.threads_of_process(processes)),
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",
     }
     torchrun = subprocess.Popen(command + flags, env=environment)
@@ -216,7 +217,12 @@ def evaluate_stage(
 
     def work() -> dict:
         model, tokenizer = load_model(folder, extension, args.device)
-        return evaluate(model, tokenizer, args, seed, file.stem)
+        measures = evaluate(model, tokenizer, args, seed, file.stem)
+        # The table comes at the end, maybe after hours
+        ppl = [f"{ppl:.2f} at {window}" for window, ppl in measures["ppl"].items()]
+        found = f"{measures['found']['found']:.0%} of the far keys"
+        print(f"{file.stem}: perplexity {', '.join(ppl)}; {found}", file=sys.stderr)
+        return measures
 
     return stage(file, settings, work)
 

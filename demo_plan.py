@@ -101,6 +101,11 @@ def tiny_processes(device: torch.device) -> int:
     return 4
 
 
+def threads_of_process(processes: int) -> int:
+    """The threads of each process that trains on a CPU."""
+    return max(1, (os.cpu_count() or 1) // processes)
+
+
 # ---- the runs of train.py ------------------------------------------------------------------------
 
 METHODS = {"PI": "linear", "direct": "none", "NTK": "ntk", "YaRN": "yarn"}  # name: its --rope
@@ -260,10 +265,15 @@ def plan_text(
     rows = fine_tune.args.micro_batch_size
     if device.type == "cpu":
         rows = 1
-    rate = cost.measured_flops(
+    # Several processes train with fewer threads each.
+    threads = torch.get_num_threads()
+    if args.processes > 1:
+        torch.set_num_threads(threads_of_process(args.processes))
+    rate = args.processes * cost.measured_flops(
         config, rows, fine_tune.args.row_tokens, fine_tune.args.checkpoint_activations, device,
         fine_tune.machine.dtype
     )
+    torch.set_num_threads(threads)
     time = plan.time_at(len(args.seeds) * flops, rate)
     lines.append(f"  {time}; stages that are kept take none")
     return "\n".join(lines)

@@ -422,6 +422,12 @@ def extend(
         rope = config.rope if extended else "linear"
     if scale is None:
         scale = config.scale
+    if scale >= config.original_window > 1:
+        raise ValueError(
+            f"--scale {scale:g} is the ratio of two windows: to extend one of "
+            f"{config.original_window:,} tokens to {scale:,.0f}, give --scale "
+            f"{scale / config.original_window:g}"
+        )
 
     if extended and not insist and (rope != config.rope or scale < config.scale):
         flag = f"--scale {scale:g}"

@@ -214,14 +214,14 @@ def plan(
     disk = disk_needed(args, config, Path(args.out or "out"), torch.float32)
     text += f"\ndisk: at most about {format_bytes(disk)}"
     if machine.device_type == "cpu":
-        text += f"\ntime: {time_on_cpu(args, config, world, machine.dtype)}"
+        text += f"\ntime: {time_on_cpu(args, config, world, machine.dtype, args.max_iters)}"
     return text
 
 
 def time_on_cpu(
-    args: argparse.Namespace, config: LLaMAConfig, world: int, dtype: torch.dtype
+    args: argparse.Namespace, config: LLaMAConfig, world: int, dtype: torch.dtype, steps: int
 ) -> str:
-    """How long the steps take on this machine's CPU, by the speed of one of the model's blocks."""
+    """How long so many steps take on this machine's CPU, by the speed of one of the model's blocks."""
     tokens = min(longest_row(args, config), MEASURED_TOKENS)
     rate = cost.measured_flops(
         config, 1, tokens, args.checkpoint_activations, torch.device("cpu"), dtype
@@ -229,7 +229,7 @@ def time_on_cpu(
     # This process has measured with its own threads; the others may have as many cores each
     cores = os.cpu_count() or 1
     rate *= max(1, min(world, cores // torch.get_num_threads()))
-    flops = args.max_iters * cost.step_flops(config, batch_parts(args, config))
+    flops = steps * cost.step_flops(config, batch_parts(args, config))
     return time_at(flops, rate)
 
 
@@ -243,9 +243,12 @@ def time_at(flops: float, rate: float) -> str:
 
 def announce(
     args: argparse.Namespace, config: LLaMAConfig, out: Path, device: torch.device,
-    machine: Machine, save_dtype: torch.dtype, notes: list[str]
+    machine: Machine, save_dtype: torch.dtype, notes: list[str], step: int = 0
 ) -> None:
-    """Say on standard error what is about to run. notes: what to know of its settings."""
+    """Say on standard error what is about to run.
+
+    notes: what to know of its settings.  step: the steps that are done already.
+    """
     engine, reason = choose_engine(args, config, processes(), machine.free)
     lines = [title(args, config, out, device, machine.dtype, engine), *notes]
     if reason:
@@ -255,7 +258,8 @@ def announce(
     lines.append(f"disk: about {format_bytes(disk)} of {format_bytes(free_disk(out))} free")
     # Shorter steps tell soon enough how long the run takes
     if machine.device_type == "cpu" and cost.step_flops(config, batch_parts(args, config)) > 1e12:
-        time = time_on_cpu(args, config, processes(), machine.dtype)
+        steps = args.max_iters - step
+        time = time_on_cpu(args, config, processes(), machine.dtype, steps)
         lines.append(f"time: {time}; fewer --max_iters, a smaller --batch_size take less")
     if save_dtype != torch.float32:
         name = str(save_dtype).removeprefix("torch.")
@@ -308,4 +312,7 @@ def closing_line(
         line += f", {format_bytes(torch.cuda.max_memory_allocated(device))} at most"
     if args.summary_field:
         return line + f"; next: python summarize.py --init {out}"
-    return line + f"; next: python eval_ppl.py --init {out}; python passkey.py --init {out}"
+    text = ""
+    if args.data:
+        text = f" --data {' '.join(args.data)} --split val"
+    return line + f"; next: python eval_ppl.py --init {out}{text}; python passkey.py --init {out}"

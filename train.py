@@ -264,7 +264,7 @@ def set_up(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -
     if rank() == 0:
         prepare_folder(args, out)
         notes += base_notes(args.init)
-        plan.announce(args, config, out, device, machine, save_dtype, notes)
+        plan.announce(args, config, out, device, machine, save_dtype, notes, step)
     return Run(out, config, tokenizer, source, device, model, autocast, optimizer, step, save_dtype)
 
 

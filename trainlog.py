@@ -229,7 +229,8 @@ class StopSignal:
         """Say that a signal has come, when it comes. reader: the pipe's end to read from."""
         first = os.read(reader, 1)  # empty if the pipe is closed before any signal
         if first and rank() == 0:
-            print("\nstopping after this micro batch, then saving ...", file=sys.stderr)
+            message = "stopping after this micro batch, then saving"
+            print(f"\n{message} (a second Ctrl-C, later, stops at once) ...", file=sys.stderr)
         # A signal that finds no reader would make Python warn
         while os.read(reader, 64):
             pass

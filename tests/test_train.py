@@ -262,7 +262,7 @@ def test_processes_on_a_cpu_share_its_cores(monkeypatch):
     args = parse("", ["--plan", "--device", "cpu"])
     config = LLaMAConfig.preset("tiny")
     settle_flags(args, config, 16, plan.Machine("cpu", torch.float32, 1e12))
-    said = [plan.time_on_cpu(args, config, world, torch.float32) for world in (1, 3, 16)]
+    said = [plan.time_on_cpu(args, config, world, torch.float32, 9) for world in (1, 3, 16)]
     assert [line.split(" at ")[1].split()[0] for line in said] == ["1", "3", "4"]
 
 
@@ -515,9 +515,10 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_overwritten(base):
     (["--init", "BASE", "--scale", "2", "--rope", "spiral"], ["spiral", "yarn"]),
     (["--init", "BASE", "--scale", "2", "--rope", "dynamic"], ["--rope dynamic", "another"]),
     (["--init", "BASE", "--scale", "1"], ["--scale 1 extends nothing"]),
+    (["--init", "BASE", "--scale", "512"], ["ratio of two windows", "give --scale 2"]),
     (["--init", "BASE", "--data", "BASE/confg.json"], ["--data", "no such file", "BASE/config.json"]),
     (["--init", "BASE", "--out", "BASE"], ["holds a run at step", "--resume", "--overwrite"]),
-    (["--init", "BASE", "--scale", "1000", "--data", TEXT[0]], ["rope.py (for training)", "tokens", "don't fill"]),
+    (["--init", "BASE", "--scale", "100", "--data", TEXT[0]], ["rope.py (for training)", "tokens", "don't fill"]),
     (["--out", "BASE/config.json/under"], ["config.json"]),
     (["--init", "BASE", "--summary_field", "summary", "--data", TEXT[0]], [".jsonl"]),
     (["--summary_field", "summary"], ["--summary_field", "--init"]),

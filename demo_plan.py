@@ -265,7 +265,7 @@ def plan_text(
     rows = fine_tune.args.micro_batch_size
     if device.type == "cpu":
         rows = 1
-    # Several processes train with fewer threads each.
+    # Where several processes train, each has a part of the cores. Their speeds add up.
     threads = torch.get_num_threads()
     if args.processes > 1:
         torch.set_num_threads(threads_of_process(args.processes))

@@ -422,7 +422,8 @@ def extend(
         rope = config.rope if extended else "linear"
     if scale is None:
         scale = config.scale
-    if scale >= config.original_window > 1:
+    # No window is extended so far: the user has given the new window itself
+    if scale >= config.original_window:
         raise ValueError(
             f"--scale {scale:g} is the ratio of two windows: to extend one of "
             f"{config.original_window:,} tokens to {scale:,.0f}, give --scale "

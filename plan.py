@@ -25,6 +25,7 @@ from trainlog import duration
 
 MICRO_BATCH_TOKENS = 16384  # tokens at a time on one process, where memory allows
 MEASURED_TOKENS = 1024  # at most so many tokens are enough to measure a CPU's speed
+SLOW_STEP = 1e12  # FLOPs of a step that takes a CPU some ten seconds or more
 
 
 class Machine(NamedTuple):
@@ -256,8 +257,10 @@ def announce(
     lines.append(memory_line(args, config, machine))
     disk = disk_needed(args, config, out, save_dtype)
     lines.append(f"disk: about {format_bytes(disk)} of {format_bytes(free_disk(out))} free")
-    # Shorter steps tell soon enough how long the run takes
-    if machine.device_type == "cpu" and cost.step_flops(config, batch_parts(args, config)) > 1e12:
+    # The progress bar says how long the run takes, after a few steps. Where steps are slow, nobody
+    # should have to wait for that.
+    flops = cost.step_flops(config, batch_parts(args, config))
+    if machine.device_type == "cpu" and flops > SLOW_STEP:
         steps = args.max_iters - step
         time = time_on_cpu(args, config, processes(), machine.dtype, steps)
         lines.append(f"time: {time}; fewer --max_iters, a smaller --batch_size take less")
@@ -312,7 +315,7 @@ def closing_line(
         line += f", {format_bytes(torch.cuda.max_memory_allocated(device))} at most"
     if args.summary_field:
         return line + f"; next: python summarize.py --init {out}"
-    text = ""
+    evaluation = f"python eval_ppl.py --init {out}"
     if args.data:
-        text = f" --data {' '.join(args.data)} --split val"
-    return line + f"; next: python eval_ppl.py --init {out}{text}; python passkey.py --init {out}"
+        evaluation += f" --data {' '.join(args.data)} --split val"
+    return line + f"; next: {evaluation}; python passkey.py --init {out}"

@@ -230,7 +230,8 @@ class StopSignal:
         first = os.read(reader, 1)  # empty if the pipe is closed before any signal
         if first and rank() == 0:
             message = "stopping after this micro batch, then saving"
-            print(f"\n{message} (a second Ctrl-C, later, stops at once) ...", file=sys.stderr)
+            after = "(a second Ctrl-C, after three seconds, stops at once)"
+            print(f"\n{message} {after} ...", file=sys.stderr)
         # A signal that finds no reader would make Python warn
         while os.read(reader, 64):
             pass

@@ -1,8 +1,8 @@
 """One run on many processes: who holds which part, and states that any number can resume.
 
     model = sharded(config, weights, device, torch.bfloat16)   # FSDP2: each process keeps a part
-    save_state(out, step, model, optimizer, args)              # all processes write together
-    step = load_state(newest_state(out), model, optimizer)     # on any number of processes
+    save_state(out, step, model, optimizers, args)             # all processes write together
+    step = load_state(newest_state(out), model, optimizers)    # on any number of processes
 
 A state is a folder OUT/trainer/step-N with the files of torch.distributed.checkpoint and args.json,
 the run's flags. It is written under a hidden name and renamed when it is whole, so that every
@@ -237,7 +237,8 @@ def newest_state(out: Path) -> Path:
 
 
 def save_state(
-    out: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, args: dict
+    out: Path, step: int, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer],
+    args: dict
 ) -> None:
     """Save weights, optimizer moments, the step and the flags; the last two states are kept.
 
@@ -252,7 +253,7 @@ def save_state(
         remove_unfinished_states(out)
         temporary.mkdir(parents=True)
     barrier()
-    weights, moments = get_state_dict(model, optimizer)
+    weights, moments = get_state_dict(model, optimizers)
     try:
         dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary)
     except dcp.api.CheckpointException as error:
@@ -281,13 +282,15 @@ def remove_unfinished_states(out: Path) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def load_state(state: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Put a state into model and optimizer; returns the step it was saved at.
+def load_state(
+    state: Path, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]
+) -> int:
+    """Put a state into model and optimizers; returns the step it was saved at.
 
     The number of processes may differ from the one that saved it. Raises ValueError if the state is
     of another model.
     """
-    weights, moments = get_state_dict(model, optimizer)
+    weights, moments = get_state_dict(model, optimizers)
     try:
         dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=state)
     except (dcp.api.CheckpointException, RuntimeError, ValueError, KeyError) as error:
@@ -295,9 +298,10 @@ def load_state(state: Path, model: torch.nn.Module, optimizer: torch.optim.Optim
         raise ValueError(
             f"{state} does not hold this model and optimizer ({reason}): is --init another model?"
         ) from None
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    set_state_dict(model, optimizers, model_state_dict=weights, optim_state_dict=moments)
     step = step_of(state)
     if step == 0:
         # get_state_dict made these moments by a step of its own, which AdamW would count
-        optimizer.state.clear()
+        for optimizer in optimizers:
+            optimizer.state.clear()
     return step

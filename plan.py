@@ -138,7 +138,8 @@ def disk_needed(
 ) -> int:
     """Bytes that the run adds to its folder."""
     # The last two states are kept while a third is written. Each has 12 bytes a parameter: the
-    # weight and two moments in float32. A resumed run has some of them already.
+    # weight and AdamW's two moments in float32 (Muon has one moment, so it takes less). A resumed
+    # run has some of them already.
     most_states = min(3, 1 + args.max_iters // args.save_every)
     new_states = max(1, most_states - len(states(out)))
     # The weights at the end, and those of --save_at

@@ -24,6 +24,7 @@ class Recipe(NamedTuple):
     warmup_iters: int
     decay: str  # "constant", or "linear" to 5% of the peak
     mix: str  # what the rows are made of: "text" or "retrieval", see `batch_parts`
+    optimizer: str = "adamw"  # or "muon", see train.build_optimizers
 
 
 def default_recipe(config: LLaMAConfig, scratch: bool, row_tokens: int | None = None) -> Recipe:
@@ -32,7 +33,7 @@ def default_recipe(config: LLaMAConfig, scratch: bool, row_tokens: int | None = 
     row_tokens: tokens of a row of text; None: as many as the window has.
     """
     if scratch:
-        return Recipe(2200, 16, 4e-3, 50, decay="linear", mix="retrieval")
+        return Recipe(2200, 16, 4e-3, 50, decay="linear", mix="retrieval", optimizer="muon")
     # On text alone so small a model forgets retrieval within tens of fine-tuning steps. Therefore
     # half of its training tokens are retrieval rows, see `batch_parts`.
     if config.n_params <= TINY_PARAMS:

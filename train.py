@@ -59,6 +59,8 @@ def read_model_config(args: argparse.Namespace) -> tuple[LLaMAConfig, Tokenizer]
         config = checkpoint.read_config(args.init, **extension(args))
         return config, checkpoint.load_tokenizer(args.init, config)
     config = LLaMAConfig.preset(args.preset)
+    if args.theta is not None:
+        config = replace(config, rope_theta=args.theta)
     texts = (text for _, text in data.read_documents(args.data, "train"))
     tokenizer = train_tokenizer(texts, config.vocab_size)
     return replace(config, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id), tokenizer
@@ -121,6 +123,34 @@ def build_model(
     return model.train()
 
 
+def build_optimizers(args: argparse.Namespace, model: nn.Module) -> list[torch.optim.Optimizer]:
+    """The paper's AdamW (§3.1) for all weights, or for a base from scratch Muon for the matrices.
+
+    Muon makes all directions of a matrix's update equally large. So a small model learns rare
+    things, such as to copy a key, in fewer steps than with AdamW. Embedding, head and norms have
+    AdamW in both cases.
+    """
+    matrices = []
+    others = []
+    for name, weight in model.named_parameters():
+        if args.optimizer == "muon" and "layers." in name and weight.ndim == 2:
+            matrices.append(weight)
+        else:
+            others.append(weight)
+    adamw = torch.optim.AdamW(
+        others, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay,
+        fused=True
+    )
+    if not matrices:
+        return [adamw]
+    # "match_rms_adamw" makes updates as large as those of AdamW, so both have one learning rate
+    muon = torch.optim.Muon(
+        matrices, lr=args.learning_rate, weight_decay=args.weight_decay,
+        adjust_lr_fn="match_rms_adamw"
+    )
+    return [adamw, muon]
+
+
 # ---- one step ------------------------------------------------------------------------------------
 
 
@@ -135,7 +165,7 @@ class Run:
     device: torch.device
     model: nn.Module
     autocast: AbstractContextManager
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     step: int  # steps that are done
     save_dtype: torch.dtype  # of the weights that are kept
 
@@ -147,14 +177,16 @@ def train_step(
 
     Returns the loss as `accumulate_gradients` does; None if a signal came: nothing has changed.
     """
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
     loss = accumulate_gradients(run, batch, stop)
     if loss is None:
         return None
     if args.grad_clip > 0:
         nn.utils.clip_grad_norm_(run.model.parameters(), args.grad_clip)
-    run.optimizer.step()
+    for optimizer in run.optimizers:
+        optimizer.step()
     clear_gradients(run)
     run.step += 1
     return loss
@@ -177,7 +209,7 @@ def accumulate_gradients(run: Run, batch: Batch, stop: StopSignal) -> Tensor | N
     for i, rows in enumerate(batch):
         if stop.on_any_process():
             # A state that is saved before the first step must find no gradients
-            run.optimizer.zero_grad(set_to_none=True)
+            run.model.zero_grad(set_to_none=True)
             return None
         # DDP averages gradients over the processes once, with the last micro batch. FSDP does so
         # with each, because no process could hold the gradients of the whole model in between.
@@ -198,7 +230,7 @@ def clear_gradients(run: Run) -> None:
     """Forget the gradients of the step that is done."""
     # With DDP they are views of its buckets: set to zero in place, they need no second memory
     in_buckets = isinstance(run.model, DistributedDataParallel)
-    run.optimizer.zero_grad(set_to_none=not in_buckets)
+    run.model.zero_grad(set_to_none=not in_buckets)
 
 
 @torch.no_grad()
@@ -244,28 +276,28 @@ def set_up(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -
     with process_0_first():
         source = read_data(args, config, tokenizer)
 
-    # The model, and the paper's optimizer (§3.1)
+    # The model and its optimizers
     engine, _ = plan.choose_engine(args, config, processes(), machine.free)
     model = build_model(args, config, engine, device, dtype)
     autocast = cli.autocast(device, dtype)
     if engine == "fsdp":
         autocast = nullcontext()  # FSDP casts the weights itself
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95),
-        weight_decay=args.weight_decay, fused=True
-    )
+    optimizers = build_optimizers(args, model)
 
     # Where an earlier run stopped
     step = 0
     if args.resume:
-        step = load_state(newest_state(out), model, optimizer)
-        for group in optimizer.param_groups:
-            group["weight_decay"] = args.weight_decay  # as other flags, it may be given anew
+        step = load_state(newest_state(out), model, optimizers)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["weight_decay"] = args.weight_decay  # as other flags, it may be given anew
     if rank() == 0:
         prepare_folder(args, out)
         notes += base_notes(args.init)
         plan.announce(args, config, out, device, machine, save_dtype, notes, step)
-    return Run(out, config, tokenizer, source, device, model, autocast, optimizer, step, save_dtype)
+    return Run(
+        out, config, tokenizer, source, device, model, autocast, optimizers, step, save_dtype
+    )
 
 
 def content_of(args: argparse.Namespace) -> str:
@@ -348,7 +380,7 @@ def save_run(run: Run, args: argparse.Namespace) -> None:
     flags = dict(vars(args))
     for name in ("resume", "overwrite", "force"):  # they are about a start, not about the run
         del flags[name]
-    save_state(run.out, run.step, run.model, run.optimizer, flags)
+    save_state(run.out, run.step, run.model, run.optimizers, flags)
 
 
 def main(argv: list[str] | None = None) -> None:

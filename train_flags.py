@@ -60,6 +60,8 @@ def add_training_flags(parser: Parser) -> None:
         help=f"{CHECKPOINT_FORMS}; or scratch; "
         "default: scratch, or with --scale or --rope the newest base in out/, else assets/base")
     add("--preset", default="tiny", choices=PRESETS, help="the shape, when --init is scratch")
+    add("--theta", type=at_least(1.0),
+        help="RoPE's base, when --init is scratch; default: the preset's")
     add_model_flags(parser)
 
     add = parser.add_argument_group("data").add_argument
@@ -90,7 +92,10 @@ def add_training_flags(parser: Parser) -> None:
     add("--warmup_iters", type=at_least(0), help="steps from 10%% of the peak to it" + BY_SIZE)
     add("--decay", choices=("constant", "linear"),
         help="after the warm-up: linear goes to 5%% of the peak" + BY_SIZE)
-    add("--weight_decay", type=at_least(0.0), default=0.0, help="AdamW's")
+    add("--optimizer", choices=("adamw", "muon"),
+        help="adamw, as in the paper; muon has the matrices of the blocks by Muon, the rest by "
+        "AdamW; default: muon from scratch, else adamw")
+    add("--weight_decay", type=at_least(0.0), default=0.0, help="the optimizer's")
     add("--grad_clip", type=at_least(0.0), default=1.0, help="largest norm; 0: no clipping")
 
 
@@ -235,6 +240,11 @@ def check_flags(args: argparse.Namespace, config: LLaMAConfig) -> None:
         raise ValueError("--summary_field fine-tunes a model that reads already: give --init")
     if args.summary_field and args.min_tokens:
         raise ValueError("--min_tokens chooses texts: with --summary_field leave it out")
+    if args.theta is not None and args.init != "scratch":
+        raise ValueError(
+            f"--theta {args.theta:g}: the model in --init was trained with {config.rope_theta:g}; "
+            "--theta is for a model from scratch"
+        )
     # --plan may be about a run within the window
     if args.scale is not None and args.scale <= 1 and not args.plan:
         raise ValueError(

@@ -131,6 +131,23 @@ def test_a_run_on_two_processes_goes_on_with_one_and_with_three(inits, alone):
         assert_equal_weights(again, alone[False], 5e-3)
 
 
+def test_muon_on_two_processes_and_resumed_equals_one_without_a_stop(inits):
+    """Muon's update is of a whole matrix, of which FSDP's processes each hold a part."""
+    flags = [*QUICK, "--init", inits[False], "--optimizer", "muon"]
+    whole = Path("muon").resolve()
+    train.main([*flags, "--max_iters", "10", "--out", str(whole)])
+    for engine in ("ddp", "fsdp"):
+        out = Path(f"muon-{engine}").resolve()
+        train_on(2, *flags, "--max_iters", "10", "--dist", engine, "--out", str(out))
+        assert losses(out) == pytest.approx(losses(whole), abs=2e-4)
+    # On one process a resumed run is equal bit for bit, so Muon's momentum was saved too
+    again = Path("muon-again")
+    train.main([*flags, "--max_iters", "5", "--out", str(again)])
+    train.main(["--resume", "--max_iters", "10", "--out", str(again)])
+    assert losses(again) == losses(whole)
+    assert_equal_weights(again, whole, 0)
+
+
 def test_each_process_reads_its_rows_alone(tmp_path, monkeypatch):
     """Two processes, a file of 100 MB: each maps about half of it, and holds half of the model."""
     config = LLaMAConfig(vocab_size=20000, n_layer=4, n_embd=512, n_head=8, intermediate_size=1376)
@@ -247,7 +264,7 @@ torch.manual_seed(0)
 model = DistributedDataParallel(LLaMA(LLaMAConfig.preset("tiny")), gradient_as_bucket_view=True)
 optimizer = torch.optim.AdamW(model.parameters())
 stop = StopSignal()
-run = SimpleNamespace(model=model, optimizer=optimizer, device=torch.device("cpu"), autocast=nullcontext())
+run = SimpleNamespace(model=model, optimizers=[optimizer], device=torch.device("cpu"), autocast=nullcontext())
 ids = torch.randint(1024, (2, 16))
 for step in range(3):
     train.accumulate_gradients(run, [MicroBatch(ids, ids), MicroBatch(ids, ids)], stop)

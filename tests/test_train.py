@@ -178,7 +178,7 @@ def test_a_run_that_memory_cannot_hold_is_one_line_unless_forced(base, monkeypat
 
 def test_a_run_that_the_disk_cannot_hold_is_one_line_unless_forced(base, monkeypatch):
     out = Path("too-long")
-    flags = ["--max_iters", "6", "--save_every", "2", "--save_at", "1,2"]
+    flags = ["--max_iters", "6", "--save_every", "2", "--save_at", "1,2", "--optimizer", "adamw"]
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: SimpleNamespace(free=1e6))
     with pytest.raises(ValueError, match="writes about .* to too-long, and 1.0 MB are free"):
         run(out, *flags)
@@ -460,6 +460,26 @@ def test_a_stopped_run_says_how_to_go_on_with_as_many_processes(monkeypatch):
     assert line.endswith("torchrun --nproc_per_node 2 train.py --resume --out out/x")
 
 
+def test_a_base_from_scratch_has_muon_for_the_matrices_of_its_blocks():
+    args = parse("", ["--init", "scratch"])
+    config = LLaMAConfig.preset(args.preset)
+    settle_flags(args, config, world=1, machine=plan.machine_here(torch.device("cpu"), torch.float32))
+    model = LLaMA(config)
+    adamw, muon = train.build_optimizers(args, model)
+    assert isinstance(adamw, torch.optim.AdamW) and isinstance(muon, torch.optim.Muon)
+    by_muon = {id(weight) for group in muon.param_groups for weight in group["params"]}
+    by_adamw = {id(weight) for group in adamw.param_groups for weight in group["params"]}
+    assert by_muon == {id(weight) for block in model.layers for weight in block.parameters() if weight.ndim == 2}
+    assert not by_muon & by_adamw
+    assert by_muon | by_adamw == {id(weight) for weight in model.parameters()}
+    assert default_recipe(config, scratch=False).optimizer == "adamw"
+
+
+def test_theta_of_a_base_from_scratch(base):
+    run(Path("theta"), "--init", "scratch", "--theta", "500", "--max_iters", "1")
+    assert checkpoint.read_config("theta").rope_theta == 500
+
+
 def test_the_papers_recipe_from_7b_on():
     seven = default_recipe(LLaMAConfig.preset("llama-7b"), scratch=False)
     assert seven == Recipe(1000, 64, 2e-5, 20, decay="constant", mix="text")
@@ -490,6 +510,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_overwritten(base):
 @pytest.mark.parametrize("flags, words", [
     (["--init", "scratch", "--scale", "8"], ["--scale", "python train.py"]),
     (["--init", "nowhere"], ["nowhere", "hub"]),
+    (["--init", "BASE", "--scale", "2", "--theta", "500"], ["--theta 500", "scratch"]),
     (["--resume"], ["--resume", "--out"]),
     (["--resume", "--out", "nothing-here"], ["nothing-here", "--resume"]),
     (["--micro_batch_size", "0"], ["--micro_batch_size", "0"]),

@@ -16,13 +16,17 @@ during training saves, and the same command goes on from there.
 import argparse
 import gc
 import os
+import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import cli
 import data
@@ -177,30 +181,31 @@ def train_stage(folder: Path, flags: list[str], parent: dict, title: str, proces
 def run_train(flags: list[str], processes: int) -> None:
     """Run train.py, in this process or in several, which share each batch.
 
-    If the training fails, the demo ends with the exit code of train.py or of torchrun.
+    If the training fails, the demo ends with the exit code of train.py.
     """
     if processes == 1:
         train.main(flags)
         gc.collect()  # frees the model and its optimizer, because the next stage needs the memory
         return
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(processes), train.__file__]
-    # By default torchrun kills processes that have not saved 30 seconds after Ctrl-C
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(demo_plan.threads_of_process(processes)),
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",
-    }
-    torchrun = subprocess.Popen(command + flags, env=environment)
+    # What torchrun does, without its long reports of a failure and of Ctrl-C
+    launch = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=processes, max_restarts=0,
+        rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="demo",
+        shutdown_timeout=600,  # by default a process has 30 s after Ctrl-C to save
+        signals_to_handle="SIGINT",
+    )
+    os.environ["OMP_NUM_THREADS"] = str(demo_plan.threads_of_process(processes))
+    handler = signal.getsignal(signal.SIGINT)
     try:
-        code = torchrun.wait()
-    except KeyboardInterrupt:
-        # torchrun gets Ctrl-C too and passes it on: wait until its processes have saved
-        torchrun.wait()
-        raise
-    if code != 0:
-        # torchrun's own report is long and comes last, so say where to look
+        elastic_launch(launch, sys.executable)(train.__file__, *flags)
+    except SignalException:
+        raise KeyboardInterrupt from None
+    except ChildFailedError as error:
         print("demo.py: error: training failed, see the first message above", file=sys.stderr)
-        sys.exit(code)
+        _, failure = error.get_first_failure()
+        sys.exit(failure.exitcode)
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def evaluate_stage(

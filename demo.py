@@ -75,8 +75,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--scale", type=float,
         help="the extended window over the original one, L'/L; " + by_size("scale"))
     add("--row_tokens", type=cli.at_least(2),
-        help="tokens of a training row of text; in shorter rows than the extended window positions "
-        "skip through it; " + by_size("row_tokens") + ", or the original window if that is less")
+        help="tokens of a training row of text; " + by_size("row_tokens")
+        + ", or the original window if that is less. There positions skip through the extended "
+        "window; in the rows of a tiny model they don't")
     add("--base_steps", type=count,
         help="with --scratch: pre-training steps; default: as train.py has it")
     add("--steps", nargs="+", action=cli.WholeNumbers, const=1,
@@ -406,9 +407,11 @@ def passkeys_in_training(training: argparse.Namespace, window: int) -> str:
     if training.mix == "text":
         return "The fine-tune is on text alone, without passkeys."
     rows = f"In the fine-tune no passkey lies more than {window} tokens before its question"
-    if training.no_skip:
-        return rows + "."
-    return rows + ", though positions skip through the extended window."
+    if not training.no_skip:
+        return rows + ", though positions skip through the extended window."
+    if training.row_tokens <= window:
+        return rows + f", and no text is longer than {training.row_tokens}."
+    return rows + "."
 
 
 def passkey_sentences(pi: Row, direct: Row, window: int, trained_on: str) -> list[str]:

@@ -1,8 +1,8 @@
 """What demo.py does where its flags are not given, and what it takes, said before it starts.
 
-A tiny model shows much in minutes, so it is extended far and measured often. A larger one is
-trained on short rows with skipped positions and measured seldom, so that the demo ends within hours
-on a CPU.
+Rows of training text are short: Position Interpolation needs no long ones. A tiny model shows much
+in minutes, so it is extended far and measured often. A larger one is measured seldom, so that the
+demo ends within hours on a CPU.
 """
 
 import argparse
@@ -29,7 +29,7 @@ class Defaults(NamedTuple):
     """Flags of demo.py, by their names, where the model and the device decide."""
 
     scale: float
-    row_tokens: int | None  # at most the original window; None: the extended window
+    row_tokens: int | None  # at most the original window; None: as many as that
     steps: list[int]
     distances: int
     tries: int
@@ -53,7 +53,7 @@ def by_size(name: str) -> str:
 def in_words(value: float | list[int] | None) -> str:
     """A default as --help has it."""
     if value is None:
-        return "the extended window"
+        return "the original window"
     if isinstance(value, list):
         return ",".join(str(number) for number in value)
     return f"{value:g}"
@@ -63,14 +63,14 @@ def settle(args: argparse.Namespace, config: LLaMAConfig, device: torch.device) 
     """Give the flags that are missing their values, and add what has no flag.
 
     config: the base's.  Added are the stride of perplexity, warmup_iters (None: as train.py has
-    it), and the processes that train.
+    it), the processes that train, and whether they skip positions.
     """
     window = config.original_window
     tiny = config.n_params <= TINY_PARAMS
     defaults = TINY
     if not tiny:
         defaults = LARGER_ON_CPU if device.type == "cpu" else LARGER_ON_GPU
-        defaults = defaults._replace(row_tokens=min(defaults.row_tokens, window))
+    defaults = defaults._replace(row_tokens=min(defaults.row_tokens or window, window))
     for name, value in defaults._asdict().items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -79,6 +79,9 @@ def settle(args: argparse.Namespace, config: LLaMAConfig, device: torch.device) 
         args.stride = min(256, window // 2)
         args.warmup_iters = None
         args.processes = tiny_processes(device)
+        # Every position of the fine-tune is one that the base knows. This shows most plainly what
+        # PI needs to be taught, and what direct fine-tuning needs.
+        args.skip = False
     else:
         # A short stride would read a long document dozens of times
         args.stride = window // 2
@@ -86,6 +89,8 @@ def settle(args: argparse.Namespace, config: LLaMAConfig, device: torch.device) 
         args.warmup_iters = min(20, args.steps[-1] // 8)
         # Each process would hold the whole model
         args.processes = 1
+        # With skipped positions direct fine-tuning has a chance
+        args.skip = True
 
 
 def tiny_processes(device: torch.device) -> int:
@@ -148,11 +153,8 @@ def fine_tuning_flags(args: argparse.Namespace, seed: int, rope: str) -> list[st
     flags += ["--init", str(base_folder(args, seed)), "--scale", f"{args.scale:g}"]
     flags += ["--max_iters", str(args.steps[-1])]
     flags += ["--save_at", ",".join(str(steps) for steps in args.steps)]
-    if args.row_tokens is not None:
-        flags += ["--row_tokens", str(args.row_tokens)]
-    else:
-        # The rows with passkeys are shorter than those of text. As in the paper, no position is
-        # skipped: no key in training is farther than the original window.
+    flags += ["--row_tokens", str(args.row_tokens)]
+    if not args.skip:
         flags.append("--no_skip")
     if args.warmup_iters is not None:
         flags += ["--warmup_iters", str(args.warmup_iters)]

@@ -110,12 +110,13 @@ def test_the_passkeys_of_the_fine_tune_are_said():
     share = demo.summary(rows(), 256, 512, "No far keys.")[3]
     assert share.startswith("No far keys. PI finds 90% (70% to 97%) of the keys")
     expected = [
-        ("text", False, "on text alone, without passkeys."),
-        ("retrieval", True, "no passkey lies more than 256 tokens before its question."),
-        ("retrieval", False, "its question, though positions skip through the extended window."),
+        ("text", False, 256, "on text alone, without passkeys."),
+        ("retrieval", True, 512, "no passkey lies more than 256 tokens before its question."),
+        ("retrieval", True, 200, "its question, and no text is longer than 200."),
+        ("retrieval", False, 256, "its question, though positions skip through the extended window."),
     ]
-    for mix, no_skip, words in expected:
-        training = SimpleNamespace(mix=mix, no_skip=no_skip)
+    for mix, no_skip, row_tokens, words in expected:
+        training = SimpleNamespace(mix=mix, no_skip=no_skip, row_tokens=row_tokens)
         assert demo.passkeys_in_training(training, 256).endswith(words)
 
 

@@ -30,16 +30,16 @@ def settled(config, device, *flags):
 @pytest.mark.parametrize(
     "preset, device, expected",
     [
-        ("tiny", CPU, (4, None, [25, 50, 100, 200], 16, 10, 16, 128, None)),
-        ("tiny", GPU, (4, None, [25, 50, 100, 200], 16, 10, 16, 128, None)),
-        ("smollm2-135m", CPU, (2, 1024, [10, 20, 40], 4, 1, 1, 4096, 5)),
-        ("smollm2-135m", GPU, (2, 2048, [50, 100, 200], 8, 5, 8, 4096, 20)),
-        ("tinyllama-1.1b", GPU, (2, 2048, [50, 100, 200], 8, 5, 8, 1024, 20)),
+        ("tiny", CPU, (4, 256, [25, 50, 100, 200], 16, 10, 16, 128, None, False)),
+        ("tiny", GPU, (4, 256, [25, 50, 100, 200], 16, 10, 16, 128, None, False)),
+        ("smollm2-135m", CPU, (2, 1024, [10, 20, 40], 4, 1, 1, 4096, 5, True)),
+        ("smollm2-135m", GPU, (2, 2048, [50, 100, 200], 8, 5, 8, 4096, 20, True)),
+        ("tinyllama-1.1b", GPU, (2, 2048, [50, 100, 200], 8, 5, 8, 1024, 20, True)),
     ],
 )
 def test_the_defaults_go_by_size_and_device(preset, device, expected):
     args = settled(LLaMAConfig.preset(preset), device)
-    names = "scale row_tokens steps distances tries documents stride warmup_iters".split()
+    names = "scale row_tokens steps distances tries documents stride warmup_iters skip".split()
     assert tuple(getattr(args, name) for name in names) == expected
 
 
@@ -66,7 +66,7 @@ def test_help_says_the_defaults(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "25,50,100,200; above 20 M parameters 10,20,40 on a CPU, 50,100,200 on a GPU" in text
     assert "default: 4; above 20 M parameters 2 on a CPU, 2 on a GPU" in text
-    assert "the extended window; above 20 M parameters 1024 on a CPU, 2048 on a GPU" in text
+    assert "the original window; above 20 M parameters 1024 on a CPU, 2048 on a GPU" in text
 
 
 # ---- the commands --------------------------------------------------------------------------------
@@ -77,7 +77,8 @@ def test_the_commands_of_the_tiny_base():
     args = settled(LLaMAConfig.preset("tiny"), CPU)
     assert demo_plan.fine_tuning_flags(args, 0, "linear") == [
         "--seed", "0", "--device", "auto", "--init", str(SHIPPED_BASE), "--scale", "4",
-        "--max_iters", "200", "--save_at", "25,50,100,200", "--no_skip", "--rope", "linear",
+        "--max_iters", "200", "--save_at", "25,50,100,200", "--row_tokens", "256", "--no_skip",
+        "--rope", "linear",
     ]
     args = settled(
         LLaMAConfig.preset("tiny"), CPU, "--scratch", "--base_steps", "7", "--data", "hf:a", "hf:b",
@@ -89,7 +90,7 @@ def test_the_commands_of_the_tiny_base():
     ]
     assert demo_plan.fine_tuning_flags(args, 3, "none") == common + [
         "--init", "out/demo/seed-3/base", "--scale", "4", "--max_iters", "200",
-        "--save_at", "25,50,100,200", "--row_tokens", "128", "--rope", "none",
+        "--save_at", "25,50,100,200", "--row_tokens", "128", "--no_skip", "--rope", "none",
     ]
 
 
@@ -146,7 +147,7 @@ def test_the_plan_of_a_tiny_model_from_scratch(monkeypatch):
     text = demo_plan.plan_text(args, run, pretraining, CPU)
     assert "the base: 2,200 steps of 16 x 256 tokens, " in text
     assert (
-        "PI and direct and NTK and YaRN, each 200 steps of 4 x 1,024 tokens "
+        "PI and direct and NTK and YaRN, each 200 steps of 16 x 256 tokens "
         "and 16 x 256 tokens, "
     ) in text
     assert "18 evaluations (" in text

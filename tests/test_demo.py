@@ -153,7 +153,7 @@ def test_the_table_of_one_run_and_of_several():
 
 
 def test_the_base_is_what_the_experiments_say(tmp_path):
-    """A perplexity of 21.4 and 97% of the keys in its window; the text depends on Python's version."""
+    """A perplexity of 17.8 and 99% of the keys in its window; the text depends on Python's version."""
     base = checkpoint.load(SHIPPED_BASE, dtype=torch.float32).eval()
     tokenizer = checkpoint.load_tokenizer(SHIPPED_BASE, base.config)
     assert base.config.original_window == base.config.block_size == 256
@@ -163,8 +163,8 @@ def test_the_base_is_what_the_experiments_say(tmp_path):
     for window in (256, 1024):
         measured = eval_ppl.perplexity(base, documents, window, 128, tokenizer.bos_id)
         ppl[window] = measured["ppl"]
-    assert 17 < ppl[256] < 25
-    assert ppl[1024] > 2 * ppl[256]
+    assert 14 < ppl[256] < 22
+    assert ppl[1024] > 1.5 * ppl[256]
     points = retrieve(base, tokenizer, 256, distances(256, 16), tries=5)
     assert share_found(points, 0).found > 0.9
 

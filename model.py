@@ -527,12 +527,14 @@ def sample(
     if isinstance(generator, Sequence):
         rows = [sample(row[None], temperature, top_p, own) for row, own in zip(logits, generator)]
         return torch.cat(rows)
-    probs, order = (logits / temperature).softmax(-1).sort(descending=True)  # (B, V) each
+    probs = (logits / temperature).softmax(-1)  # (B, V)
     if top_p < 1:
         # Always keep the likeliest token; drop those after the total has passed top_p
-        total_before = probs.cumsum(-1) - probs
+        ordered, order = probs.sort(descending=True)  # (B, V) each
+        total_before = ordered.cumsum(-1) - ordered
         dropped = total_before >= top_p
         dropped[:, 0] = False
-        probs[dropped] = 0
-    drawn = torch.multinomial(probs, 1, generator=generator)  # (B, 1)
-    return order.gather(1, drawn).squeeze(1)
+        probs = probs.masked_fill(dropped.scatter(1, order, dropped), 0)
+    # The draw is made in the order of the vocabulary. In the sorted order two tokens that are as
+    # likely would change places, and the text with them, by the rounding of another batch size.
+    return torch.multinomial(probs, 1, generator=generator).squeeze(1)

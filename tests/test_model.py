@@ -362,6 +362,19 @@ def test_sample_draws_from_the_truncated_distribution(top_p, kept, temperature):
     assert (tokens.bincount(minlength=4) / n - expected).abs().max() < 5 * math.sqrt(0.25 / n)
 
 
+def test_rounding_does_not_change_what_is_drawn():
+    """Two tokens as likely as each other but for rounding, as another batch size makes it."""
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(1)).repeat(1, 2)
+    rounded = logits.clone()
+    rounded[:, 50:] += 1e-5  # every second token of an equal pair becomes the likelier one
+    for top_p in (1.0, 0.9):
+        draws = []
+        for row in (logits, rounded):
+            generator = torch.Generator().manual_seed(2)
+            draws.append([sample(row, 1.0, top_p, generator).item() for _ in range(100)])
+        assert draws[0] == draws[1]
+
+
 def test_sample_greedy_and_row_by_row():
     assert sample(torch.tensor([[0.0, 2.0, 1.0], [3.0, 2.0, 1.0]]), 0, 1.0).tolist() == [1, 0]
     rows = torch.full((2, 50), -1e4)

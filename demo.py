@@ -76,8 +76,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="the extended window over the original one, L'/L; " + by_size("scale"))
     add("--row_tokens", type=cli.at_least(2),
         help="tokens of a training row of text; " + by_size("row_tokens")
-        + ", or the original window if that is less. There positions skip through the extended "
-        "window; in the rows of a tiny model they don't")
+        + ", or the original window if that is less. In shorter rows than the extended window "
+        "positions skip through it, but not in those of a tiny model")
     add("--base_steps", type=count,
         help="with --scratch: pre-training steps; default: as train.py has it")
     add("--steps", nargs="+", action=cli.WholeNumbers, const=1,
@@ -196,7 +196,7 @@ def run_train(flags: list[str], processes: int) -> None:
         signals_to_handle="SIGINT",
     )
     os.environ["OMP_NUM_THREADS"] = str(demo_plan.threads_of_process(processes))
-    handler = signal.getsignal(signal.SIGINT)
+    handler = signal.getsignal(signal.SIGINT)  # the launcher leaves its own in place
     try:
         elastic_launch(launch, sys.executable)(train.__file__, *flags)
     except SignalException:

@@ -535,6 +535,6 @@ def sample(
         dropped = total_before >= top_p
         dropped[:, 0] = False
         probs = probs.masked_fill(dropped.scatter(1, order, dropped), 0)
-    # The draw is made in the order of the vocabulary. In the sorted order two tokens that are as
-    # likely would change places, and the text with them, by the rounding of another batch size.
+    # Drawn in the vocabulary's order. Another batch size rounds otherwise, and in the sorted order
+    # two equally likely tokens would then change places: the same seed would draw the other one.
     return torch.multinomial(probs, 1, generator=generator).squeeze(1)

@@ -366,7 +366,7 @@ def test_rounding_does_not_change_what_is_drawn():
     """Two tokens as likely as each other but for rounding, as another batch size makes it."""
     logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(1)).repeat(1, 2)
     rounded = logits.clone()
-    rounded[:, 50:] += 1e-5  # every second token of an equal pair becomes the likelier one
+    rounded[:, 50:] += 1e-5  # of each equal pair the second token becomes the likelier one
     for top_p in (1.0, 0.9):
         draws = []
         for row in (logits, rounded):
